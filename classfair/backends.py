@@ -1,0 +1,111 @@
+"""Which implementation of a primitive runs.
+
+``native``
+    C++ on the CPU (``classfair._C``), CUDA C++ on GPUs (``classfair._cuda``).
+``triton``
+    Triton kernels (``classfair.kernels``).
+``reference``
+    Plain torch (:mod:`classfair.reference`), on every device.
+
+``backend=None`` takes the first of these that has the primitive on the tensor's device: the order is that of
+measured speed. A back-end given by name is used or refused with an error, never replaced.
+"""
+
+import importlib
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+BACKENDS = ("native", "triton", "reference")
+PRIMITIVES = {"softmax_loss": "softmax_loss_fwd", "label_index": "label_index"}
+
+#: Why a compiled module could not be imported, by module name.
+load_errors: dict[str, str] = {}
+
+# (primitive, device type) -> back-ends that serve it; filled once by discover().
+_available: dict[tuple[str, str], tuple[str, ...]] = {}
+
+
+def _load(module: str) -> None:
+    try:
+        importlib.import_module(f"classfair.{module}")
+    except ModuleNotFoundError:
+        load_errors[module] = "not built"
+    except ImportError as error:
+        load_errors[module] = f"built, but its import failed: {error}"
+
+
+def load_compiled() -> None:
+    """Import the compiled modules, which register their kernels; remember why one is missing."""
+    _load("_C")
+    if torch.version.cuda is None:
+        load_errors["_cuda"] = "this torch is a CPU-only build"
+    else:
+        _load("_cuda")
+    if "_C" in load_errors:
+        checkout = (Path(__file__).parents[1] / "pyproject.toml").exists()
+        how = "run `pip install -e .` in the checkout" if checkout else "reinstall with a C++ compiler"
+        warnings.warn(
+            f"classfair: no compiled CPU kernels ({load_errors['_C']}), using plain torch; {how} for speed",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def _has_kernel(backend: str, primitive: str, device_type: str) -> bool:
+    if backend == "reference":
+        return True
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
+    operator = f"classfair_{backend}::{PRIMITIVES[primitive]}"
+    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(operator, key)
+
+
+def discover() -> None:
+    """Ask the dispatcher which kernels are registered."""
+    for primitive in PRIMITIVES:
+        for device_type in ("cpu", "cuda"):
+            serving = (b for b in BACKENDS if _has_kernel(b, primitive, device_type))
+            _available[primitive, device_type] = tuple(serving)
+
+
+def available(primitive: str, device_type: str) -> tuple[str, ...]:
+    """Back-ends that serve a primitive on a type of device, fastest first."""
+    return _available.get((primitive, device_type), ("reference",))
+
+
+def choose(primitive: str, device: torch.device, backend: str | None) -> str:
+    """The back-end to use; RuntimeError if the named one cannot run here."""
+    serving = available(primitive, device.type)
+    if backend is None:
+        return serving[0]
+    if backend in serving:
+        return backend
+    if backend not in BACKENDS:
+        raise ValueError(f"{primitive}: expected backend 'native', 'triton' or 'reference', got {backend!r}")
+    here = ", ".join(repr(b) for b in serving)
+    raise RuntimeError(
+        f"{primitive}: backend {backend!r} cannot run on device {device.type!r}"
+        f" ({why_missing(primitive, device.type, backend)}); available here: {here}"
+    )
+
+
+def why_missing(primitive: str, device_type: str, backend: str) -> str:
+    """One line for doctor and for errors."""
+    if backend == "native":
+        module = "_C" if device_type == "cpu" else "_cuda"
+        if module in load_errors:
+            return f"classfair.{module}: {load_errors[module]}"
+    return f"no {device_type} kernel for {primitive}"
+
+
+def namespace(backend: str) -> Any:
+    """The operators of a back-end with kernels."""
+    return _NAMESPACES[backend]
+
+
+_NAMESPACES = {
+    "native": torch.ops.classfair_native,
+    "triton": torch.ops.classfair_triton,
+}

@@ -1,0 +1,446 @@
+"""Cross-entropy with everything the fused primitive knows: ``cross_entropy`` and ``cross_entropy_with_stats``."""
+
+import math
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from classfair import _validate as check
+from classfair import backends
+from classfair.ops.label_index import label_index
+from classfair.ops.softmax_loss import (
+    STATS_DIFFERENTIABLE,
+    STATS_NONE,
+    STATS_VALUES,
+    SoftmaxLoss,
+    softmax_loss,
+)
+from classfair.pair import PairTerms
+from classfair.statistics import BatchStats, JointRows
+from classfair.targets import MixedTarget
+
+#: A (C, C) int64 confusion matrix takes 8 C^2 bytes: 134 MB at this many classes.
+MAX_CONFUSION_CLASSES = 4096
+
+
+class _Problem(NamedTuple):
+    """Checked arguments in the primitive's layout."""
+
+    logits: Tensor  # (N, C) or (N, C, L)
+    rows_shape: torch.Size  # of the per-sample outputs
+    arguments: dict[str, Any]
+    mixed: MixedTarget | None  # flat, where pair or margin forces two passes
+
+
+def _target_arguments(
+    function: str, logits: Tensor, target: Any, rows_shape: torch.Size, label: Tensor | None
+) -> tuple[dict[str, Any], MixedTarget | None]:
+    if isinstance(target, MixedTarget):
+        for name in ("y_a", "y_b"):
+            check.check_labels_tensor(function, f"target.{name}", getattr(target, name), rows_shape)
+            check.check_device(function, f"target.{name}", getattr(target, name), logits.device)
+        flat = MixedTarget(
+            target.y_a.reshape(-1), target.y_b.reshape(-1), _mix(function, logits, target.lam, rows_shape)
+        )
+        return {"target": flat.y_a, "target_b": flat.y_b, "mix": flat.lam}, flat
+    if not isinstance(target, Tensor):
+        raise TypeError(
+            f"{function}: expected target as a tensor or MixedTarget, got {type(target).__name__}"
+        )
+    check.check_device(function, "target", target, logits.device)
+    if not target.is_floating_point():
+        check.check_labels_tensor(function, "target", target, rows_shape)
+        return {"target": target.reshape(-1)}, None
+    check.check_floats(function, "target (probabilities)", target, logits.shape)
+    arguments: dict[str, Any] = {"soft_target": target.detach().to(check.acc_dtype(logits))}
+    if label is not None:
+        check.check_labels_tensor(function, "label", label, rows_shape)
+        arguments["target"] = label.reshape(-1)
+    return arguments, None
+
+
+def _mix(function: str, logits: Tensor, lam: Any, rows_shape: torch.Size) -> Tensor:
+    if isinstance(lam, Tensor):
+        if lam.requires_grad:
+            raise ValueError(f"{function}: expected target.lam without gradient, got requires_grad=True")
+        if lam.dim() == 1 and len(rows_shape) > 1:
+            lam = lam.view(-1, *(1,) * (len(rows_shape) - 1))
+        lam = lam.to(logits.device, check.acc_dtype(logits))
+        return lam.expand(rows_shape).reshape(-1).contiguous()
+    check.check_range(function, "target.lam", lam, 0.0, 1.0)
+    return torch.full((math.prod(rows_shape),), lam, dtype=check.acc_dtype(logits), device=logits.device)
+
+
+def _vector(function: str, name: str, value: Tensor | None, logits: Tensor) -> Tensor | None:
+    """A (C,) input in the accumulate dtype; torch records the cast, so its gradient comes back right."""
+    if value is None:
+        return None
+    num_classes = logits.shape[1]
+    check.check_floats(function, name, value, (num_classes,))
+    check.check_device(function, name, value, logits.device)
+    return value.to(check.acc_dtype(logits)).contiguous()
+
+
+def _pair_arguments(function: str, pair: Any, logits: Tensor, rows: int) -> dict[str, Any]:
+    num_classes, acc = logits.shape[1], check.acc_dtype(logits)
+    if isinstance(pair, PairTerms):
+        check.check_floats(function, "pair.rows", pair.rows, (pair.rows.shape[0], num_classes))
+        check.check_labels_tensor(function, "pair.slot", pair.slot, (rows,))
+        check.check_device(function, "pair.rows", pair.rows, logits.device)
+        return {"pair": pair.rows.to(acc).contiguous(), "slot": pair.slot.contiguous()}
+    check.check_floats(function, "pair", pair, (num_classes, num_classes))
+    check.check_device(function, "pair", pair, logits.device)
+    return {"pair": pair.to(acc).contiguous()}
+
+
+def _prepare(
+    function: str,
+    logits: Any,
+    target: Any,
+    offset: Tensor | None,
+    margin: Tensor | None,
+    pair: Any,
+    weight: Tensor | None,
+    label_smoothing: float,
+    gamma: float,
+    ignore_index: int,
+    reduction: str,
+    label: Tensor | None = None,
+) -> _Problem:
+    check.check_logits(function, logits)
+    check.check_choice(function, "reduction", reduction, ("none", "mean", "sum"))
+    check.check_range(function, "label_smoothing", label_smoothing, 0.0, 1.0)
+    check.check_range(function, "gamma", gamma, 0.0)
+    if logits.dim() == 1:  # one sample, as torch allows
+        rows_shape = torch.Size()
+        if isinstance(target, Tensor) and target.is_floating_point():
+            check.check_floats(function, "target (probabilities)", target, logits.shape)
+            target = target.unsqueeze(0)
+        logits = logits.unsqueeze(0)
+    else:
+        rows_shape = logits.shape[:1] + logits.shape[2:]
+    arguments, mixed = _target_arguments(function, logits, target, rows_shape, label)
+    dense = "soft_target" in arguments
+    if dense and (pair is not None or margin is not None):
+        name = "pair" if pair is not None else "margin"
+        raise ValueError(
+            f"{function}: expected hard labels or MixedTarget with {name}, got probabilities;"
+            " mix two hard labels with MixedTarget(y_a, y_b, lam)"
+        )
+    if dense and gamma:
+        raise ValueError(f"{function}: expected hard labels with gamma > 0, got probabilities")
+    if dense and ignore_index >= 0:
+        raise ValueError(
+            f"{function}: expected hard labels with ignore_index >= 0, got probabilities,"
+            " which have no index to ignore"
+        )
+    if weight is not None and weight.requires_grad:
+        raise ValueError(f"{function}: expected weight without gradient, got requires_grad=True")
+    arguments |= {
+        "offset": _vector(function, "offset", offset, logits),
+        "margin": _vector(function, "margin", margin, logits),
+        "weight": _vector(function, "weight", weight, logits),
+        "label_smoothing": float(label_smoothing),
+        "gamma": float(gamma),
+        "ignore_index": ignore_index,
+    }
+    if pair is not None:
+        arguments |= _pair_arguments(function, pair, logits, math.prod(rows_shape))
+    if logits.dim() > 3:
+        logits = logits.flatten(2)
+        if dense:
+            arguments["soft_target"] = arguments["soft_target"].flatten(2)
+    two_pass = mixed if pair is not None or margin is not None else None
+    return _Problem(logits, rows_shape, arguments, two_pass)
+
+
+def _run(problem: _Problem, backend: str) -> SoftmaxLoss:
+    if problem.mixed is None:
+        return softmax_loss(problem.logits, **problem.arguments, backend=backend)
+    # The pair row and the margin of each label perturb the logits in their own way: a pass for each label, the larger
+    # share first because it is the one that the integer statistics count.
+    y_a, y_b, lam = problem.mixed
+    swap = lam < 0.5
+    major, minor = torch.where(swap, y_b, y_a), torch.where(swap, y_a, y_b)
+    share = torch.where(swap, 1 - lam, lam)
+    common = {k: v for k, v in problem.arguments.items() if k not in ("target", "target_b", "mix")}
+    if "slot" in common:
+        raise ValueError(
+            "cross_entropy: expected pair as a (C, C) table with MixedTarget, got PairTerms,"
+            " whose rows are those of one label per sample"
+        )
+    first = softmax_loss(problem.logits, target=major, mix=share, **common, backend=backend)
+    second = softmax_loss(problem.logits, target=minor, mix=1 - share, **common, backend=backend)
+    return first._replace(
+        loss=first.loss + second.loss,
+        hit=first.hit + second.hit,
+        total_weight=first.total_weight + second.total_weight,
+    )
+
+
+def _reduce(problem: _Problem, out: SoftmaxLoss, target: Any, reduction: str) -> Tensor:
+    loss = out.loss
+    if isinstance(target, Tensor) and target.requires_grad:
+        loss = loss + _soft_target_term(problem, target)
+    if reduction == "none":
+        return loss.view(problem.rows_shape)
+    total = loss.sum()
+    return total / out.total_weight if reduction == "mean" else total
+
+
+def _soft_target_term(problem: _Problem, target: Tensor) -> Tensor:
+    """Zero, with the gradient of the loss in its probability targets: the loss is linear in them."""
+    arguments = problem.arguments
+    logits = problem.logits.to(check.acc_dtype(problem.logits))
+    if arguments["offset"] is not None:
+        logits = logits + arguments["offset"].view(-1, *(1,) * (logits.dim() - 2))
+    nll = -logits.log_softmax(1)
+    if arguments["weight"] is not None:
+        nll = nll * arguments["weight"].view(-1, *(1,) * (logits.dim() - 2))
+    target = target.reshape(logits.shape)
+    change = (target - target.detach()) * nll * (1 - arguments["label_smoothing"])
+    return torch.where(nll.isfinite(), change, 0.0).sum(1).reshape(-1)
+
+
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor | MixedTarget,
+    *,
+    offset: Tensor | None = None,
+    margin: Tensor | None = None,
+    pair: Tensor | PairTerms | None = None,
+    weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    gamma: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> Tensor:
+    r"""Softmax cross-entropy, equal to :func:`torch.nn.functional.cross_entropy` for every keyword they share.
+
+    With hard label :math:`y`, perturbed logits
+    :math:`z'_c = z_c + \text{offset}_c + \text{pair}_{y,c} - [c = y]\,\text{margin}_y` and
+    :math:`p' = \mathrm{softmax}(z')`, a sample's loss is
+
+    .. math::
+        \ell = (1-\epsilon)\,w_y\,(1-p'_y)^\gamma\,(-\log p'_y)
+               + \frac{\epsilon}{C} \sum_c w_c\,(-\log p'_c)
+
+    (smoothing as in torch; focal term of Lin et al. 2017, eq. 4; offset of Menon et al. 2021, eq. 10; pair rows of
+    Wang et al. 2019, eq. 7, and the losses built on it).
+
+    Args:
+        logits: ``(C,)``, ``(N, C)`` or ``(N, C, d1, ...)``; float16, bfloat16, float32 or float64.
+        target: one of: int64 labels ``(N,)`` or ``(N, d1, ...)`` in [0, C) or ``ignore_index``; probabilities of the
+            shape of ``logits``, any float dtype; a :class:`MixedTarget`.
+        offset: ``(C,)`` added to the logits of every sample, e.g. :func:`logit_adjustment`.
+        margin: ``(C,)`` subtracted from the true class's logit.
+        pair: ``(C, C)`` table whose row y is added for label y, or :class:`PairTerms`. With ``MixedTarget`` (table
+            only) each label's own row perturbs its own loss: two passes.
+        weight: ``(C,)`` class weights >= 0; no gradient.
+        label_smoothing: epsilon in [0, 1].
+        gamma: focusing exponent >= 0, hard labels only; 0 is plain cross-entropy.
+        ignore_index: label of samples that count for nothing; hard labels only where >= 0.
+        reduction: ``"mean"`` (over the weights of the labels present; over N for probabilities; as torch),
+            ``"sum"`` or ``"none"``.
+        backend: ``"native"``, ``"triton"``, ``"reference"``, or None for the fastest (:mod:`classfair.backends`).
+
+    Returns:
+        A scalar, or one loss per sample for ``"none"``; float32, or float64 for float64 logits. (torch returns the
+        dtype of the logits; a bfloat16 loss has three digits.)
+
+    Gradients: ``logits``, ``offset``, ``margin``, ``pair`` and probability targets, every order.
+    Determinism: bitwise, for any number of threads.
+
+    Differences from torch, on purpose: half-precision logits give a float32 loss; a row of -inf only has loss +inf
+    and gradient 0 instead of NaN; ``weight.requires_grad`` is an error here and at backward there.
+
+    Raises:
+        TypeError, ValueError: arguments of the wrong kind, shape, device or range, before any kernel runs.
+        IndexError: on the CPU, a label out of range, naming the first such row; on other devices the loss of such a
+            row is NaN and its gradient 0.
+        RuntimeError: the named back-end cannot run here.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, 0.0], [0.0, 1.0]], requires_grad=True)
+        >>> loss = classfair.cross_entropy(logits, torch.tensor([0, 1]), label_smoothing=0.1)
+        >>> torch.allclose(loss, torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1]), label_smoothing=0.1))
+        True
+    """
+    problem = _prepare(
+        "cross_entropy",
+        logits,
+        target,
+        offset,
+        margin,
+        pair,
+        weight,
+        label_smoothing,
+        gamma,
+        ignore_index,
+        reduction,
+    )
+    out = _run(problem, backends.choose("softmax_loss", problem.logits.device, backend))
+    return _reduce(problem, out, target, reduction)
+
+
+def cross_entropy_with_stats(
+    logits: Tensor,
+    target: Tensor | MixedTarget,
+    *,
+    offset: Tensor | None = None,
+    margin: Tensor | None = None,
+    pair: Tensor | PairTerms | None = None,
+    weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    gamma: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    group: Tensor | None = None,
+    num_groups: int | None = None,
+    label: Tensor | None = None,
+    joint: bool = False,
+    confusion: bool = False,
+    differentiable: bool = True,
+    backend: str | None = None,
+) -> tuple[Tensor, BatchStats]:
+    """:func:`cross_entropy` and the :class:`BatchStats` of the same pass over the logits.
+
+    The statistics use the softmax of the unperturbed ``logits``, those the model predicts with.
+
+    Args:
+        logits, target, offset, margin, pair, weight, label_smoothing, gamma, ignore_index, reduction, backend: as in
+            :func:`cross_entropy`.
+        group: int64 of the shape of hard labels, in [0, num_groups), or -1: in the loss, in no statistic. Needs
+            ``num_groups``.
+        num_groups: G, the number of groups; 1 without ``group``.
+        label: int64 labels for the statistics; required with probability targets, refused otherwise.
+        joint: also return :class:`JointRows` of the (label, group) cells present.
+        confusion: also return the (C, C) confusion matrix; refused above 4096 classes.
+        differentiable: False for monitoring: same values, no gradient, no cost in backward.
+
+    Returns:
+        The loss as :func:`cross_entropy`, and the statistics.
+
+    Gradients: as :func:`cross_entropy`, and into ``logits`` from ``mass``, ``hit`` and ``joint.rows``.
+    Determinism: bitwise, for any number of threads.
+
+    Raises:
+        TypeError, ValueError, IndexError, RuntimeError: as :func:`cross_entropy`; groups out of range are treated as
+            labels out of range.
+
+    Example:
+        >>> logits, target = torch.randn(8, 3, requires_grad=True), torch.arange(8) % 3
+        >>> loss, stats = classfair.cross_entropy_with_stats(logits, target, group=target % 2, num_groups=2)
+        >>> share = stats.mass / stats.mass.sum(1, keepdim=True)  # (G, C): who is predicted how often
+        >>> (loss + (share[0] - share[1]).square().sum()).backward()
+    """
+    function = "cross_entropy_with_stats"
+    problem = _prepare(
+        function,
+        logits,
+        target,
+        offset,
+        margin,
+        pair,
+        weight,
+        label_smoothing,
+        gamma,
+        ignore_index,
+        reduction,
+        label,
+    )
+    _check_statistics(function, problem, target, group, num_groups, label, confusion)
+    arguments = problem.arguments
+    groups = 1 if num_groups is None else num_groups
+    arguments["num_groups"] = groups
+    arguments["stats"] = STATS_DIFFERENTIABLE if differentiable else STATS_VALUES
+    if group is not None:
+        arguments["group"] = group.reshape(-1).contiguous()
+    backend = backends.choose("softmax_loss", problem.logits.device, backend)
+    counted_label = _counted_label(arguments)
+    index = None
+    if joint:
+        index = label_index(
+            counted_label,
+            problem.logits.shape[1],
+            arguments.get("group"),
+            groups,
+            ignore_index=ignore_index,
+            backend=backend,
+        )
+        arguments |= {"cell": index.slot, "num_cells": index.key_of_slot.shape[0]}
+    out = _run(problem, backend)
+    stats = _batch_stats(out, groups, problem)
+    if index is not None:
+        stats = replace(stats, joint=JointRows(out.joint, index.key_of_slot, index.num_slots))
+    if confusion:
+        stats = replace(stats, confusion=_confusion(problem, out, counted_label, groups))
+    return _reduce(problem, out, target, reduction), stats
+
+
+def _counted_label(arguments: dict[str, Any]) -> Tensor:  # (R,)
+    """The label that the integer statistics count: of two mixed labels the one with the larger share."""
+    if "target_b" not in arguments:
+        return arguments["target"]
+    return torch.where(arguments["mix"] >= 0.5, arguments["target"], arguments["target_b"])
+
+
+def _check_statistics(
+    function: str,
+    problem: _Problem,
+    target: Any,
+    group: Any,
+    num_groups: int | None,
+    label: Any,
+    confusion: bool,
+) -> None:
+    dense = "soft_target" in problem.arguments
+    if dense and label is None:
+        raise ValueError(f"{function}: expected label=(N,) with probability targets, got None")
+    if label is not None and not dense:
+        raise ValueError(f"{function}: expected label only with probability targets, got hard labels")
+    if group is not None:
+        if num_groups is None:
+            raise ValueError(f"{function}: expected num_groups with group, got None")
+        check.check_labels_tensor(function, "group", group, problem.rows_shape)
+        check.check_device(function, "group", group, problem.logits.device)
+    if num_groups is not None and num_groups < 1:
+        raise ValueError(f"{function}: expected num_groups >= 1, got {num_groups}")
+    num_classes = problem.logits.shape[1]
+    if confusion and num_classes > MAX_CONFUSION_CLASSES:
+        raise ValueError(
+            f"{function}: expected at most {MAX_CONFUSION_CLASSES} classes with confusion=True,"
+            f" got {num_classes} ({8 * num_classes**2 / 1e9:.1f} GB); count, correct and predicted need O(C)"
+        )
+
+
+def _batch_stats(out: SoftmaxLoss, groups: int, problem: _Problem) -> BatchStats:
+    counts = out.counts[:-2].view(3, groups, problem.logits.shape[1])
+    return BatchStats(
+        mass=out.mass,
+        hit=out.hit,
+        count=counts[0],
+        correct=counts[1],
+        predicted=counts[2],
+        prediction=out.prediction.view(problem.rows_shape),
+        invalid=out.counts[-2],
+        nonfinite=out.counts[-1],
+    )
+
+
+def _confusion(problem: _Problem, out: SoftmaxLoss, label: Tensor, groups: int) -> Tensor:
+    """(C, C) int64, rows true: one scatter of integers, exact on every device."""
+    num_classes = problem.logits.shape[1]
+    lse = out.lse_raw if out.lse_raw.numel() else out.lse
+    counted = (label >= 0) & (label < num_classes) & (label != problem.arguments["ignore_index"])
+    counted &= lse.isfinite()
+    group = problem.arguments.get("group")
+    if group is not None:
+        counted &= (group >= 0) & (group < groups)
+    spare = num_classes * num_classes  # rows that do not count land behind the matrix
+    index = torch.where(counted, label * num_classes + out.prediction, spare)
+    flat = torch.zeros(spare + 1, dtype=torch.int64, device=label.device)
+    return flat.scatter_add_(0, index, torch.ones_like(index))[:spare].view(num_classes, num_classes)

@@ -1,0 +1,22 @@
+"""The schemas of the primitives, defined once for every back-end that has kernels.
+
+A back-end is an operator namespace: ``torch.ops.classfair_native`` and ``torch.ops.classfair_triton`` hold
+functions of the same names and schemas. C++ registers its implementations under the first, Triton under the second.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+NAMESPACES = ("classfair_native", "classfair_triton")
+_libraries = {name: torch.library.Library(name, "DEF") for name in NAMESPACES}
+
+
+def define(schema: str, fake: Callable) -> None:
+    """Define one operator in every back-end's namespace, with its fake kernel."""
+    for name, library in _libraries.items():
+        library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"{name}::{schema.partition('(')[0]}", fake, lib=library)
+
+# Not a primitive: the smallest CUDA kernel, which doctor runs to learn whether _cuda has code for this GPU.
+define("probe(Tensor input) -> Tensor", torch.empty_like)

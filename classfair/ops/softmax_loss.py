@@ -1,0 +1,233 @@
+"""``softmax_loss``: one pass over the logits for per-sample losses and differentiable batch statistics."""
+
+import inspect
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from classfair import backends, reference
+from classfair.ops import _library
+
+STATS_NONE, STATS_VALUES, STATS_DIFFERENTIABLE = 0, 1, 2
+
+_TENSORS = (
+    "Tensor logits, Tensor? offset, Tensor? margin, Tensor? pair, Tensor? target, Tensor? target_b,"
+    " Tensor? mix, Tensor? soft_target, Tensor? slot, Tensor? weight, Tensor? group, Tensor? cell"
+)
+_SCALARS = (
+    "int num_groups, int num_cells, int num_classes, int class_start, int ignore_index,"
+    " float label_smoothing, float gamma, int stats"
+)
+_NUM_TENSORS, _NUM_SCALARS = 12, 8
+
+
+class SoftmaxLoss(NamedTuple):
+    """Outputs of the primitive; those that were not asked for have size 0. R = N (or N * L) rows."""
+
+    loss: Tensor  # (R,) float32, or float64 for float64 logits, as all below unless said
+    lse: Tensor  # (R,) float64: at logits of 1e4 a float32 log-sum-exp would put 5e-4 on every probability
+    lse_raw: Tensor  # (R,) float64, of the unperturbed logits; size 0 where it equals lse
+    prediction: Tensor  # (R,) int64
+    mass: Tensor  # (G, C)
+    hit: Tensor  # (G, C)
+    joint: Tensor  # (num_cells, C)
+    counts: Tensor  # (3 * G * C + 2,) int64: count, correct, predicted, then invalid and nonfinite rows
+    total_weight: Tensor  # ()
+
+
+def _acc(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _fwd_fake(
+    logits: Tensor, offset: Any, margin: Any, pair: Any, *rest: Any
+) -> tuple[Tensor, ...]:
+    cell, num_groups, num_cells, stats = rest[7], rest[10], rest[11], rest[17]
+    rows = logits.shape[0] * (logits.shape[2] if logits.dim() == 3 else 1)
+    classes, acc = logits.shape[1], _acc(logits)
+    perturbed = offset is not None or margin is not None or pair is not None
+
+    def new(*shape: Any, dtype: torch.dtype = acc) -> Tensor:
+        return logits.new_empty(shape, dtype=dtype)
+
+    table = (num_groups, classes) if stats else (0, 0)
+    return (
+        new(rows),
+        new(rows, dtype=torch.float64),
+        new(rows if stats and perturbed else 0, dtype=torch.float64),
+        new(rows if stats else 0, dtype=torch.int64),
+        new(*table),
+        new(*table),
+        new(*((num_cells, classes) if stats and cell is not None else (0, 0))),
+        new(3 * num_groups * classes + 2 if stats else 0, dtype=torch.int64),
+        new(),
+    )
+
+
+def _bwd_fake(
+    grad_loss: Any,
+    grad_lse: Any,
+    grad_mass: Any,
+    grad_hit: Any,
+    grad_joint: Any,
+    logits: Tensor,
+    offset: Any,
+    margin: Any,
+    pair: Any,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    want_offset, want_margin, want_pair = rest[-3:]
+    classes, acc = logits.shape[1], _acc(logits)
+    return (
+        torch.empty_like(logits),
+        logits.new_empty(classes if want_offset else 0, dtype=acc),
+        logits.new_empty(classes if want_margin else 0, dtype=acc),
+        logits.new_empty((pair.shape[0], classes) if want_pair else (0, 0), dtype=acc),
+    )
+
+
+_library.define(
+    f"softmax_loss_fwd({_TENSORS}, Tensor? lse_in, Tensor? lse_raw_in, {_SCALARS})"
+    " -> (Tensor loss, Tensor lse, Tensor lse_raw, Tensor prediction, Tensor mass, Tensor hit,"
+    " Tensor joint, Tensor counts, Tensor total_weight)",
+    _fwd_fake,
+)
+_library.define(
+    "softmax_loss_bwd(Tensor? grad_loss, Tensor? grad_lse, Tensor? grad_mass, Tensor? grad_hit,"
+    f" Tensor? grad_joint, {_TENSORS}, Tensor lse, Tensor lse_raw, {_SCALARS},"
+    " bool want_offset, bool want_margin, bool want_pair)"
+    " -> (Tensor grad_logits, Tensor grad_offset, Tensor grad_margin, Tensor grad_pair)",
+    _bwd_fake,
+)
+
+
+class SoftmaxLossFunction(torch.autograd.Function):
+    """The fused forward. Saves logits, labels and lse; never the softmax."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        *tensors_and_scalars, backend = args
+        tensors, scalars = tensors_and_scalars[:_NUM_TENSORS], tensors_and_scalars[_NUM_TENSORS:]
+        return backends.namespace(backend).softmax_loss_fwd(*tensors, None, None, *scalars)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        _, lse, lse_raw, prediction, mass, hit, joint, counts, total_weight = output
+        ctx.scalars, ctx.backend = inputs[_NUM_TENSORS:-1], inputs[-1]
+        ctx.save_for_backward(*inputs[:_NUM_TENSORS], lse, lse_raw)
+        ctx.set_materialize_grads(False)
+        constant = [lse_raw, prediction, counts, total_weight]
+        if ctx.scalars[-1] != STATS_DIFFERENTIABLE:
+            constant += [mass, hit, joint]
+        ctx.mark_non_differentiable(*constant)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple:
+        grad_loss, grad_lse, _, _, grad_mass, grad_hit, grad_joint, _, _ = grads
+        *tensors, lse, lse_raw = ctx.saved_tensors
+        wants = ctx.needs_input_grad[1:4]
+        upstream = (grad_loss, *map(_contiguous, (grad_lse, grad_mass, grad_hit, grad_joint)))
+        arguments = (*upstream, *tensors, lse, lse_raw, *ctx.scalars, *wants)
+        # Without create_graph the nested Function would only cost time: 0.05 ms a call.
+        if torch.is_grad_enabled():
+            result = SoftmaxLossBackward.apply(*arguments, ctx.backend)
+        else:
+            result = backends.namespace(ctx.backend).softmax_loss_bwd(*arguments)
+        differentiable = [g if need else None for g, need in zip(result, ctx.needs_input_grad[:4], strict=True)]
+        return (*differentiable, *(None,) * (_NUM_TENSORS - 4 + _NUM_SCALARS + 1))
+
+
+class SoftmaxLossBackward(torch.autograd.Function):
+    """The fused backward; its own backward differentiates the reference formula, so every order is exact."""
+
+    generate_vmap_rule = True
+    _num_upstream = 5
+    _num_differentiable = 9  # upstream gradients, logits, offset, margin, pair
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return backends.namespace(args[-1]).softmax_loss_bwd(*args[:-1])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        last = SoftmaxLossBackward._num_upstream + _NUM_TENSORS
+        ctx.save_for_backward(*inputs[:last])
+        ctx.scalars, ctx.wants = inputs[last + 2 : -4], inputs[-4:-1]
+        ctx.num_inputs = len(inputs)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple:
+        count, upstream = SoftmaxLossBackward._num_differentiable, SoftmaxLossBackward._num_upstream
+        tensors = ctx.saved_tensors
+        differentiable, constant = tensors[:count], tensors[count:]
+        present = [i for i, t in enumerate(differentiable) if t is not None]
+        wanted = [g is not None and w for g, w in zip(grads, (True, *ctx.wants), strict=True)]
+
+        def formula(*values: Tensor) -> tuple[Tensor, ...]:
+            full: list[Any] = [None] * count
+            for i, value in zip(present, values, strict=True):
+                full[i] = value
+            result = reference.softmax_loss_backward(
+                *full[:upstream], *full[upstream:], *constant, *ctx.scalars, *ctx.wants
+            )
+            return tuple(r for r, w in zip(result, wanted, strict=True) if w)
+
+        result: list[Any] = [None] * ctx.num_inputs
+        if any(wanted):
+            _, pullback = torch.func.vjp(formula, *(differentiable[i] for i in present))
+            pulled = pullback(tuple(g for g, w in zip(grads, wanted, strict=True) if w))
+            for i, value in zip(present, pulled, strict=True):
+                result[i] = value
+        return tuple(result)
+
+
+# torch inspects the signature on every apply; cached, a call costs 9 microseconds less.
+for _function in (SoftmaxLossFunction, SoftmaxLossBackward):
+    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[attr-defined]
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def softmax_loss(
+    logits: Tensor,  # (N, C) or (N, C, L)
+    *,
+    target: Tensor | None = None,  # (R,) int64, R = N * L
+    target_b: Tensor | None = None,  # (R,) int64
+    mix: Tensor | None = None,  # (R,) share of `target`
+    soft_target: Tensor | None = None,  # shape of logits
+    offset: Tensor | None = None,  # (C,)
+    margin: Tensor | None = None,  # (C,)
+    pair: Tensor | None = None,  # (M, C)
+    slot: Tensor | None = None,  # (R,) int64
+    weight: Tensor | None = None,  # (C,)
+    group: Tensor | None = None,  # (R,) int64
+    cell: Tensor | None = None,  # (R,) int64
+    num_groups: int = 1,
+    num_cells: int = 0,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    gamma: float = 0.0,
+    stats: int = STATS_NONE,
+    backend: str = "reference",
+) -> SoftmaxLoss:
+    """The primitive itself, unreduced and unchecked; :func:`classfair.cross_entropy` is the safe way in.
+
+    Floating inputs other than ``logits`` are float32 (float64 for float64 logits); all but ``logits`` and
+    ``soft_target`` are contiguous. ``pair`` rows are taken by ``slot``, or by label where ``slot`` is None; with
+    ``target_b`` there is neither ``pair`` nor ``margin``. With ``soft_target``, ``target`` serves the statistics
+    only. ``mix`` without ``target_b`` scales the row's loss and hit.
+
+    Gradients: ``logits``, ``offset``, ``margin``, ``pair``; from ``loss``, ``lse`` and, with ``stats=2``, from
+    ``mass``, ``hit`` and ``joint``. Every order. Determinism: bitwise, any number of threads.
+    """
+    tensors = (logits, offset, margin, pair, target, target_b, mix, soft_target, slot, weight, group, cell)
+    scalars = (num_groups, num_cells, logits.shape[1], 0, ignore_index, label_smoothing, gamma, stats)
+    if backend == "reference":
+        return SoftmaxLoss(*reference.softmax_loss(*tensors, *scalars))
+    return SoftmaxLoss(*SoftmaxLossFunction.apply(*tensors, *scalars, backend))

@@ -1,0 +1,140 @@
+"""Batch statistics that come out of the loss's own pass over the logits."""
+
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+class JointRows(NamedTuple):
+    """Sums of p(c|x) over the samples of each (label, group) cell of the batch."""
+
+    rows: Tensor  # (M, C), M = min(N, C * G); zero where unused; differentiable
+    cell: Tensor  # (M,) int64: label * num_groups + group; 0 where unused
+    num_cells: Tensor  # () int64, cells in use
+
+
+@dataclass(frozen=True)
+class BatchStats:
+    """Statistics of one batch by group g and class c, with p the softmax of the logits the model predicts with.
+
+    Samples that are ignored, invalid, non-finite or in group -1 are in none of them.
+
+    Attributes:
+        mass: ``(G, C)`` sum of p(c|x) over the samples of a group. Differentiable.
+        hit: ``(G, C)`` sum of p(c|x) over the samples of a group with label c; under ``MixedTarget`` each label's
+            probability weighted by its share. Differentiable.
+        count: ``(G, C)`` int64, samples with label c; under ``MixedTarget`` the label of the larger share.
+        correct: ``(G, C)`` int64, of these the ones predicted as c.
+        predicted: ``(G, C)`` int64, samples predicted as c.
+        prediction: ``(N,)`` or ``(N, d1, ...)`` int64, argmax of the logits, of every sample; empty in a sum.
+        invalid: ``()`` int64, samples whose label or group is out of range (always 0 on the CPU: an error there).
+        nonfinite: ``()`` int64, samples whose logits have no finite log-sum-exp.
+        joint: :class:`JointRows`, or None where not asked for and in a sum.
+        confusion: ``(C, C)`` int64, rows true, columns predicted, or None.
+
+    A pytree of tensors: ``torch.utils._pytree`` maps over it, and compiled functions may return it.
+
+    Example:
+        >>> logits, target = torch.eye(3) * 4, torch.tensor([0, 1, 1])
+        >>> loss, stats = classfair.cross_entropy_with_stats(logits, target)
+        >>> stats.count.tolist(), stats.correct.tolist()
+        ([[1, 2, 0]], [[1, 1, 0]])
+        >>> round((stats + stats).summary()["accuracy"], 4)
+        0.6667
+    """
+
+    mass: Tensor
+    hit: Tensor
+    count: Tensor
+    correct: Tensor
+    predicted: Tensor
+    prediction: Tensor
+    invalid: Tensor
+    nonfinite: Tensor
+    joint: JointRows | None = None
+    confusion: Tensor | None = None
+
+    def detach(self) -> "BatchStats":
+        """The same values without gradient."""
+        return pytree.tree_map(lambda t: t.detach(), self)
+
+    def __add__(self, other: "BatchStats") -> "BatchStats":
+        """Statistics of both batches together; predictions and joint rows belong to one batch and are dropped."""
+        if not isinstance(other, BatchStats):
+            return NotImplemented
+        if self.mass.shape != other.mass.shape:
+            raise ValueError(
+                f"BatchStats: expected statistics of shape {tuple(self.mass.shape)},"
+                f" got {tuple(other.mass.shape)}"
+            )
+        summed = {name: getattr(self, name) + getattr(other, name) for name in _SUMMED}
+        both = self.confusion is not None and other.confusion is not None
+        confusion = self.confusion + other.confusion if both else None  # type: ignore[operator]
+        return BatchStats(**summed, prediction=self.prediction.new_empty(0), confusion=confusion)
+
+    def all_reduce(self, group: Any = None) -> "BatchStats":
+        """Sums over the processes of ``group`` (None: the default group), ``mass`` and ``hit`` with gradient.
+
+        The gradient of a sum is the sum of the gradients, so that DDP's averaging gives the gradient of one process
+        on the whole batch. Every process must call it; the number of collectives never depends on the data. Without
+        an initialised process group it returns the statistics unchanged.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            return self
+        summed = {name: _AllReduce.apply(getattr(self, name), group) for name in _SUMMED}
+        confusion = None if self.confusion is None else _AllReduce.apply(self.confusion, group)
+        return BatchStats(**summed, prediction=self.prediction.new_empty(0), confusion=confusion)
+
+    def summary(self) -> dict[str, float]:
+        """Scalars for a log; reads the device once (the one synchronisation of this class).
+
+        ``accuracy``, ``balanced_accuracy`` (mean over the classes present), ``best_class_accuracy`` and
+        ``worst_class_accuracy`` in [0, 1]; ``samples``, ``invalid`` and ``nonfinite`` as numbers of samples. Without
+        a sample the accuracies are NaN.
+        """
+        count, correct = self.count.sum(0), self.correct.sum(0)
+        accuracy = correct / count  # NaN for absent classes
+        present = count > 0
+        values = torch.stack(
+            [
+                correct.sum() / count.sum(),
+                accuracy.nanmean(),
+                torch.where(present, accuracy, -torch.inf).amax(),
+                torch.where(present, accuracy, torch.inf).amin(),
+                count.sum().to(accuracy.dtype),
+                self.invalid.to(accuracy.dtype),
+                self.nonfinite.to(accuracy.dtype),
+            ]
+        ).tolist()
+        names = ("accuracy", "balanced_accuracy", "best_class_accuracy", "worst_class_accuracy")
+        result = dict(zip((*names, "samples", "invalid", "nonfinite"), values, strict=True))
+        if not result["samples"]:
+            result.update(dict.fromkeys(names, float("nan")))
+        return result
+
+
+_SUMMED = ("mass", "hit", "count", "correct", "predicted", "invalid", "nonfinite")
+_FIELDS = tuple(f.name for f in fields(BatchStats))
+pytree.register_pytree_node(
+    BatchStats,
+    lambda stats: ([getattr(stats, name) for name in _FIELDS], None),
+    lambda values, _: BatchStats(*values),
+    serialized_type_name="classfair.BatchStats",
+)
+
+
+class _AllReduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        value = value.contiguous().clone()
+        dist.all_reduce(value, group=group)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _AllReduce.apply(gradient, ctx.group), None

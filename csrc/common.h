@@ -1,0 +1,62 @@
+// Stable-ABI includes, accumulate types and dtype dispatch. Every gap of the stable ABI is filled here.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdint>
+#include <optional>
+#include <type_traits>
+
+namespace classfair {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using BFloat16 = torch::headeronly::BFloat16;
+using Half = torch::headeronly::Half;
+
+// Sums and statistics: float, or double for double.
+template <class T>
+using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <class T>
+constexpr ScalarType scalar_type_of() {
+  if constexpr (std::is_same_v<T, double>) return ScalarType::Double;
+  if constexpr (std::is_same_v<T, float>) return ScalarType::Float;
+  if constexpr (std::is_same_v<T, Half>) return ScalarType::Half;
+  if constexpr (std::is_same_v<T, BFloat16>) return ScalarType::BFloat16;
+  if constexpr (std::is_same_v<T, int64_t>) return ScalarType::Long;
+}
+
+// Calls function(T{}) with the C++ type of a floating dtype. A template, because launches inside a dispatch macro
+// would split at the commas of <<<>>>.
+template <class F>
+auto dispatch_floating(ScalarType dtype, F&& function) {
+  switch (dtype) {
+    case ScalarType::Double:
+      return function(double{});
+    case ScalarType::Half:
+      return function(Half{});
+    case ScalarType::BFloat16:
+      return function(BFloat16{});
+    default:
+      STD_TORCH_CHECK(dtype == ScalarType::Float, "classfair: expected a floating dtype");
+      return function(float{});
+  }
+}
+
+// Data of an optional tensor, null where it is absent.
+template <class T>
+const T* optional_data(const OptionalTensor& tensor) {
+  if (!tensor.has_value()) return nullptr;
+  STD_TORCH_CHECK(tensor->scalar_type() == scalar_type_of<T>(), "classfair: unexpected dtype of an optional input");
+  return static_cast<const T*>(tensor->data_ptr());
+}
+
+}  // namespace classfair

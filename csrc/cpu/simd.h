@@ -1,0 +1,157 @@
+// Vectors of one instruction set, on GCC's vector extensions. Included once per instruction set between target
+// pragmas, with CLASSFAIR_ISA (a namespace) and CLASSFAIR_VECTOR_BYTES set: no include guard on purpose.
+// (target_clones would not reach the lambda inside parallel_for.)
+
+#define CLASSFAIR_INLINE inline __attribute__((always_inline))
+
+namespace classfair {
+namespace CLASSFAIR_ISA {
+
+typedef float FloatV __attribute__((vector_size(CLASSFAIR_VECTOR_BYTES)));
+typedef int32_t Int32V __attribute__((vector_size(CLASSFAIR_VECTOR_BYTES)));
+typedef uint32_t UInt32V __attribute__((vector_size(CLASSFAIR_VECTOR_BYTES)));
+typedef uint16_t UInt16V __attribute__((vector_size(CLASSFAIR_VECTOR_BYTES / 2)));
+typedef double DoubleV __attribute__((vector_size(CLASSFAIR_VECTOR_BYTES)));
+typedef int64_t Int64V __attribute__((vector_size(CLASSFAIR_VECTOR_BYTES)));
+
+template <class A>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  using V = FloatV;
+  using Mask = Int32V;
+};
+template <>
+struct VectorOf<double> {
+  using V = DoubleV;
+  using Mask = Int64V;
+};
+template <class A>
+using Vec = typename VectorOf<A>::V;
+template <class A>
+constexpr int64_t kLanes = CLASSFAIR_VECTOR_BYTES / sizeof(A);
+
+template <class To, class From>
+CLASSFAIR_INLINE To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+template <class A>
+CLASSFAIR_INLINE Vec<A> splat(A value) {
+  return value - Vec<A>{};
+}
+
+// Loads and stores of storage types, widened to and rounded from the accumulate type.
+CLASSFAIR_INLINE FloatV load(const float* p) {
+  FloatV v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+CLASSFAIR_INLINE DoubleV load(const double* p) {
+  DoubleV v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+CLASSFAIR_INLINE FloatV load(const BFloat16* p) {
+  UInt16V v;
+  std::memcpy(&v, p, sizeof(v));
+  return bits_as<FloatV>(__builtin_convertvector(v, UInt32V) << 16);
+}
+CLASSFAIR_INLINE FloatV load(const Half* p) {
+#if CLASSFAIR_VECTOR_BYTES == 64
+  return (FloatV)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif CLASSFAIR_VECTOR_BYTES == 32
+  return (FloatV)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  FloatV v;
+  for (int i = 0; i < kLanes<float>; ++i) v[i] = static_cast<float>(p[i]);
+  return v;
+#endif
+}
+
+CLASSFAIR_INLINE void store(float* p, FloatV v) { std::memcpy(p, &v, sizeof(v)); }
+CLASSFAIR_INLINE void store(double* p, DoubleV v) { std::memcpy(p, &v, sizeof(v)); }
+CLASSFAIR_INLINE void store(BFloat16* p, FloatV v) {
+  const UInt32V u = bits_as<UInt32V>(v);
+  // Round to nearest even; a NaN keeps its sign and becomes quiet instead of rounding to infinity.
+  const UInt32V rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  const UInt32V nan = (u >> 16) | 0x40u;
+  const UInt16V out = __builtin_convertvector(v == v ? rounded : nan, UInt16V);
+  std::memcpy(p, &out, sizeof(out));
+}
+CLASSFAIR_INLINE void store(Half* p, FloatV v) {
+#if CLASSFAIR_VECTOR_BYTES == 64
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif CLASSFAIR_VECTOR_BYTES == 32
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < kLanes<float>; ++i) p[i] = static_cast<Half>(v[i]);
+#endif
+}
+
+// The tail of a row: `count` elements, the rest filled or dropped.
+template <class T, class A = acc_t<T>>
+CLASSFAIR_INLINE Vec<A> load_some(const T* p, int64_t count, A fill) {
+  Vec<A> v = splat(fill);
+  for (int64_t i = 0; i < count; ++i) v[i] = static_cast<A>(p[i]);
+  return v;
+}
+template <class T, class A = acc_t<T>>
+CLASSFAIR_INLINE void store_some(T* p, Vec<A> v, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) p[i] = static_cast<T>(v[i]);
+}
+
+// NaN in b survives, as in x86's max instructions.
+CLASSFAIR_INLINE FloatV max(FloatV a, FloatV b) {
+#if CLASSFAIR_VECTOR_BYTES == 64
+  return (FloatV)_mm512_max_ps((__m512)a, (__m512)b);
+#elif CLASSFAIR_VECTOR_BYTES == 32
+  return (FloatV)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+CLASSFAIR_INLINE DoubleV max(DoubleV a, DoubleV b) { return a > b ? a : b; }
+
+// e^x for x <= 88, relative error below 2e-7: x = n ln2 + r with |r| <= ln2 / 2, a minimax polynomial of e^r (own
+// Remez fit, relative error 7.6e-8) times 2^n. Results below the smallest normal number are flushed to zero.
+CLASSFAIR_INLINE FloatV exp(FloatV x) {
+  const float round_shift = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  const FloatV shifted = x * 1.44269504088896341f + round_shift;
+  const FloatV n = shifted - round_shift;
+  const FloatV r = (x - n * 0.693359375f) - n * -2.12194440e-4f;  // Cody-Waite split of ln2
+  FloatV p = r * 0.00829761982243f + 0.0419156292952f;
+  p = p * r + 0.166675765377f;
+  p = p * r + 0.499988926608f;
+  p = p * r + 0.99999969107f;
+  p = p * r + 1.00000007187f;
+  const FloatV scale = bits_as<FloatV>((bits_as<Int32V>(shifted) << 23) + 0x3f800000);
+  const Int32V keep = ~(x < splat(-87.33654f));  // all ones for NaN too, which p carries
+  return bits_as<FloatV>(bits_as<Int32V>(p * scale) & keep);
+}
+CLASSFAIR_INLINE DoubleV exp(DoubleV x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
+  return x;
+}
+
+// Lanes are combined in a fixed order.
+template <class A>
+CLASSFAIR_INLINE A sum_lanes(Vec<A> v) {
+  A lane[kLanes<A>];
+  std::memcpy(lane, &v, sizeof(v));
+  for (int64_t half = kLanes<A> / 2; half > 0; half /= 2)
+    for (int64_t i = 0; i < half; ++i) lane[i] += lane[i + half];
+  return lane[0];
+}
+template <class A>
+CLASSFAIR_INLINE A max_lanes(Vec<A> v) {
+  A best = v[0];
+  for (int64_t i = 1; i < kLanes<A>; ++i) best = v[i] > best ? v[i] : best;
+  return best;
+}
+
+}  // namespace CLASSFAIR_ISA
+}  // namespace classfair

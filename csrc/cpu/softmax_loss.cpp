@@ -1,0 +1,359 @@
+// softmax_loss on the CPU: the two ops, their checks and their fixed-order reductions. The row code is in
+// softmax_loss_rows.h, compiled once per instruction set.
+#include "cpu/softmax_loss.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <numeric>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#include "cpu/isa.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define CLASSFAIR_ISA baseline
+#define CLASSFAIR_VECTOR_BYTES 16
+#include "cpu/simd.h"
+#include "cpu/softmax_loss_rows.h"
+#undef CLASSFAIR_ISA
+#undef CLASSFAIR_VECTOR_BYTES
+
+#if defined(__x86_64__)
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#define CLASSFAIR_ISA avx2
+#define CLASSFAIR_VECTOR_BYTES 32
+#include "cpu/simd.h"
+#include "cpu/softmax_loss_rows.h"
+#undef CLASSFAIR_ISA
+#undef CLASSFAIR_VECTOR_BYTES
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
+#define CLASSFAIR_ISA avx512
+#define CLASSFAIR_VECTOR_BYTES 64
+#include "cpu/simd.h"
+#include "cpu/softmax_loss_rows.h"
+#undef CLASSFAIR_ISA
+#undef CLASSFAIR_VECTOR_BYTES
+#pragma GCC pop_options
+#endif
+
+namespace classfair {
+
+namespace {
+
+using torch::stable::empty_like;
+using torch::stable::new_empty;
+using torch::stable::new_zeros;
+using torch::stable::parallel_for;
+
+// Calls call(isa) with the namespace of the selected instruction set as a tag.
+#if defined(__x86_64__)
+#define CLASSFAIR_CALL(function, ...)                                    \
+  (isa == Isa::kAvx512 ? avx512::function(__VA_ARGS__)                   \
+                       : isa == Isa::kAvx2 ? avx2::function(__VA_ARGS__) \
+                                           : baseline::function(__VA_ARGS__))
+#else
+#define CLASSFAIR_CALL(function, ...) baseline::function(__VA_ARGS__)
+#endif
+
+template <class A>
+A* data(const Tensor& t) {
+  return t.numel() == 0 ? nullptr : static_cast<A*>(t.data_ptr());
+}
+
+template <class T>
+Rows<T> rows_view(const Tensor& t) {
+  if (t.dim() == 2) return {static_cast<T*>(t.data_ptr()), 1, t.stride(0), t.stride(1), 0};
+  return {static_cast<T*>(t.data_ptr()), t.size(2), t.stride(0), t.stride(1), t.stride(2)};
+}
+
+int64_t row_count(const Tensor& logits) { return logits.size(0) * (logits.dim() == 3 ? logits.size(2) : 1); }
+
+// The scalars and tensors that both passes take.
+struct Arguments {
+  const Tensor& logits;
+  const OptionalTensor &offset, &margin, &pair, &target, &target_b, &mix, &soft_target, &slot, &weight, &group, &cell;
+  int64_t num_groups, num_cells, ignore_index;
+  double label_smoothing, gamma;
+  int64_t stats;
+};
+
+template <class T>
+Inputs<T> make_inputs(const Arguments& a) {
+  using A = acc_t<T>;
+  Inputs<T> in{};
+  const auto view = rows_view<T>(a.logits);
+  in.logits = {view.data, view.L, view.stride_n, view.stride_c, view.stride_l};
+  in.rows = row_count(a.logits);
+  in.C = a.logits.size(1);
+  in.G = a.num_groups;
+  in.cells = a.num_cells;
+  in.target = optional_data<int64_t>(a.target);
+  in.target_b = optional_data<int64_t>(a.target_b);
+  in.mix = optional_data<A>(a.mix);
+  if (a.soft_target.has_value()) {
+    optional_data<A>(a.soft_target);
+    const auto soft = rows_view<A>(*a.soft_target);
+    in.soft = {soft.data, soft.L, soft.stride_n, soft.stride_c, soft.stride_l};
+  }
+  in.offset = optional_data<A>(a.offset);
+  in.margin = optional_data<A>(a.margin);
+  in.weight = optional_data<A>(a.weight);
+  in.pair = optional_data<A>(a.pair);
+  in.pair_rows = a.pair.has_value() ? a.pair->size(0) : 0;
+  in.slot = optional_data<int64_t>(a.slot);
+  in.group = optional_data<int64_t>(a.group);
+  in.cell = optional_data<int64_t>(a.cell);
+  in.ignore_index = a.ignore_index;
+  in.smoothing = static_cast<A>(a.label_smoothing);
+  in.gamma = static_cast<A>(a.gamma);
+  in.stats = a.stats;
+  // Small enough to balance, large enough that the (chunks, G, C) partial sums stay a small part of the traffic.
+  in.chunk_rows = std::max<int64_t>(32, (a.stats ? 8 * in.G : 0));
+  in.chunk_rows = std::max<int64_t>(in.chunk_rows, in.rows / 256);
+  return in;
+}
+
+template <class T>
+acc_t<T> weight_sum(const Inputs<T>& in) {
+  using A = acc_t<T>;
+  return in.weight ? std::accumulate(in.weight, in.weight + in.C, A(0)) : A(in.C);
+}
+
+template <class T>
+[[noreturn]] void throw_bad_row(const Inputs<T>& in, int64_t i) {
+  const auto is_bad = [&](const int64_t* labels) {
+    return labels && classify_label(labels[i], in.C, in.ignore_index) == LabelKind::kInvalid;
+  };
+  std::string expected = "label in [0, " + std::to_string(in.C) + ") or ignore_index " +
+                         std::to_string(in.ignore_index);
+  int64_t got = 0;
+  if (is_bad(in.target)) {
+    got = in.target[i];
+  } else if (is_bad(in.target_b)) {
+    got = in.target_b[i];
+  } else {
+    expected = "group in [0, " + std::to_string(in.G) + ") or -1";
+    got = in.group[i];
+  }
+  // Becomes IndexError. Thrown outside of parallel_for, or it would not arrive as one.
+  throw std::out_of_range("softmax_loss: expected " + expected + ", got " + std::to_string(got) + " at row " +
+                          std::to_string(i));
+}
+
+// Stable order of the rows by key in [-1, num_keys), the rows with key -1 last; start[k] is where key k begins.
+template <class Key>
+std::vector<int64_t> sort_rows(int64_t rows, int64_t num_keys, std::vector<int64_t>* start, Key&& key_of) {
+  std::vector<int64_t> begin(num_keys + 2, 0), order(rows), key(rows);
+  for (int64_t i = 0; i < rows; ++i) {
+    key[i] = key_of(i) < 0 ? num_keys : key_of(i);
+    ++begin[key[i] + 1];
+  }
+  std::partial_sum(begin.begin(), begin.end(), begin.begin());
+  *start = begin;
+  for (int64_t i = 0; i < rows; ++i) order[begin[key[i]]++] = i;
+  return order;
+}
+
+// out[j] = sum over chunks, in chunk order, of partial[chunk, j].
+template <class A>
+void sum_chunks(const A* partial, int64_t chunks, int64_t size, A* out) {
+  parallel_for(0, size, 16384, [&](int64_t begin, int64_t end) {
+    std::fill(out + begin, out + end, A(0));
+    for (int64_t k = 0; k < chunks; ++k)
+      for (int64_t j = begin; j < end; ++j) out[j] += partial[k * size + j];
+  });
+}
+
+// hit and the integer counts: a few numbers a row, summed in row order.
+template <class T>
+void count_rows(const Forward<T>& f, acc_t<T>* hit, int64_t* counts) {
+  const Inputs<T>& in = f.in;
+  const int64_t cells = in.G * in.C;
+  int64_t *count = counts, *correct = counts + cells, *predicted = counts + 2 * cells;
+  for (int64_t i = 0; i < in.rows; ++i) {
+    const auto& s = f.row_statistics[i];
+    counts[3 * cells + 1] += s.nonfinite;
+    if (!s.counted) continue;
+    const auto row = resolve(in, i);
+    const int64_t base = row.group * in.C;
+    ++count[base + row.label];
+    ++predicted[base + f.prediction[i]];
+    correct[base + row.label] += f.prediction[i] == row.label;
+    if (in.soft.data) hit[base + row.label] += s.p_a;
+    if (row.a >= 0) hit[base + row.a] += row.share_a * s.p_a;
+    if (row.b >= 0) hit[base + row.b] += row.share_b * s.p_b;
+  }
+}
+
+template <class T>
+void fill_joint(Forward<T>& f) {
+  std::vector<int64_t> start;
+  const auto order = sort_rows(f.in.rows, f.in.cells, &start, [&](int64_t i) { return resolve(f.in, i).cell; });
+  f.in.order = order.data();
+  f.cell_start = start.data();
+  const Isa isa = selected_isa();
+  parallel_for(0, f.in.cells, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t cell = begin; cell < end; ++cell) CLASSFAIR_CALL(joint_cell, f, cell);
+  });
+}
+
+using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+template <class T>
+ForwardResult forward(const Arguments& a) {
+  using A = acc_t<T>;
+  Forward<T> f{};
+  f.in = make_inputs<T>(a);
+  const Inputs<T>& in = f.in;
+  const int64_t rows = in.rows, GC = in.G * in.C;
+  const bool stats = in.stats != 0, joint = stats && in.cell != nullptr;
+  constexpr ScalarType acc = scalar_type_of<A>();
+  Tensor loss = new_empty(a.logits, {rows}, acc);
+  Tensor lse = new_empty(a.logits, {rows}, ScalarType::Double);
+  Tensor lse_raw = new_empty(a.logits, {stats && in.perturbed() ? rows : 0}, ScalarType::Double);
+  Tensor prediction = new_empty(a.logits, {stats ? rows : 0}, ScalarType::Long);
+  Tensor mass = new_empty(a.logits, {stats ? in.G : 0, stats ? in.C : 0}, acc);
+  Tensor hit = new_zeros(a.logits, {stats ? in.G : 0, stats ? in.C : 0}, acc);
+  Tensor joint_rows = new_empty(a.logits, {joint ? in.cells : 0, joint ? in.C : 0}, acc);
+  Tensor counts = new_zeros(a.logits, {stats ? 3 * GC + 2 : 0}, ScalarType::Long);
+  Tensor total_weight = new_empty(a.logits, {}, acc);
+
+  std::vector<A> partial(stats ? in.chunks() * GC : 0);
+  std::vector<RowStatistics<A>> row_statistics(stats ? rows : 0);
+  std::vector<double> chunk_weight(in.chunks());
+  std::vector<int64_t> chunk_bad(in.chunks());
+  f.loss = data<A>(loss);
+  f.lse = data<double>(lse);
+  f.lse_raw = data<double>(lse_raw);
+  f.prediction = data<int64_t>(prediction);
+  f.partial_mass = stats ? partial.data() : nullptr;
+  f.row_statistics = row_statistics.data();
+  f.chunk_weight = chunk_weight.data();
+  f.chunk_bad = chunk_bad.data();
+  f.joint = data<A>(joint_rows);
+
+  const A weights = weight_sum(in);
+  const Isa isa = selected_isa();
+  parallel_for(0, in.chunks(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) CLASSFAIR_CALL(forward_chunk, f, chunk, weights);
+  });
+  for (int64_t row : chunk_bad)
+    if (row >= 0) throw_bad_row(in, row);
+  *static_cast<A*>(total_weight.data_ptr()) =
+      static_cast<A>(std::accumulate(chunk_weight.begin(), chunk_weight.end(), 0.0));
+  if (stats) {
+    sum_chunks(partial.data(), in.chunks(), GC, data<A>(mass));
+    count_rows(f, data<A>(hit), data<int64_t>(counts));
+  }
+  if (joint) fill_joint(f);
+  return {loss, lse, lse_raw, prediction, mass, hit, joint_rows, counts, total_weight};
+}
+
+using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+struct Upstream {
+  const OptionalTensor &loss, &lse, &mass, &hit, &joint;
+};
+
+template <class T>
+BackwardResult backward(const Upstream& up, const Arguments& a, const Tensor& lse, const Tensor& lse_raw,
+                        bool want_offset, bool want_margin, bool want_pair) {
+  using A = acc_t<T>;
+  Backward<T> b{};
+  b.in = make_inputs<T>(a);
+  const Inputs<T>& in = b.in;
+  constexpr ScalarType acc = scalar_type_of<A>();
+  Tensor grad_logits = empty_like(a.logits);
+  Tensor grad_offset = new_empty(a.logits, {want_offset ? in.C : 0}, acc);
+  Tensor grad_margin = new_zeros(a.logits, {want_margin ? in.C : 0}, acc);
+  Tensor grad_pair = new_zeros(a.logits, {want_pair ? in.pair_rows : 0, want_pair ? in.C : 0}, acc);
+
+  b.grad_loss = optional_data<A>(up.loss);
+  b.grad_loss_stride = up.loss.has_value() ? up.loss->stride(0) : 0;
+  b.grad_lse = optional_data<double>(up.lse);
+  b.grad_mass = optional_data<A>(up.mass);
+  b.grad_hit = optional_data<A>(up.hit);
+  b.grad_joint = optional_data<A>(up.joint);
+  b.lse = data<double>(lse);
+  b.lse_raw = lse_raw.numel() ? data<double>(lse_raw) : b.lse;
+  b.grad_logits = rows_view<T>(grad_logits);
+
+  std::vector<int64_t> start, order, carry_slot(in.chunks(), -1);
+  if (want_pair) {
+    order = sort_rows(in.rows, in.pair_rows, &start, [&](int64_t i) { return resolve(in, i).slot; });
+    b.in.order = order.data();
+  }
+  std::vector<A> partial(want_offset ? in.chunks() * in.C : 0);
+  std::vector<A> carry(want_pair ? in.chunks() * in.C : 0);
+  std::vector<A> row_margin(want_margin ? in.rows : 0);
+  b.partial_offset = want_offset ? partial.data() : nullptr;
+  b.grad_pair = want_pair ? static_cast<A*>(grad_pair.data_ptr()) : nullptr;
+  b.carry = carry.data();
+  b.carry_slot = carry_slot.data();
+  b.row_margin = want_margin ? row_margin.data() : nullptr;
+
+  const A weights = weight_sum(in);
+  const Isa isa = selected_isa();
+  parallel_for(0, in.chunks(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) CLASSFAIR_CALL(backward_chunk, b, chunk, weights);
+  });
+  if (want_offset) sum_chunks(partial.data(), in.chunks(), in.C, data<A>(grad_offset));
+  for (int64_t k = 0; want_pair && k < in.chunks(); ++k)
+    for (int64_t c = 0; carry_slot[k] >= 0 && c < in.C; ++c)
+      b.grad_pair[carry_slot[k] * in.C + c] += carry[k * in.C + c];
+  for (int64_t i = 0; want_margin && i < in.rows; ++i) {
+    const auto row = resolve(in, i);
+    if (row.kind == LabelKind::kValid && row.a >= 0) data<A>(grad_margin)[row.a] -= row_margin[i];
+  }
+  return {grad_logits, grad_offset, grad_margin, grad_pair};
+}
+
+ForwardResult softmax_loss_fwd_cpu(Tensor logits, OptionalTensor offset, OptionalTensor margin, OptionalTensor pair,
+                                   OptionalTensor target, OptionalTensor target_b, OptionalTensor mix,
+                                   OptionalTensor soft_target, OptionalTensor slot, OptionalTensor weight,
+                                   OptionalTensor group, OptionalTensor cell, OptionalTensor lse_in,
+                                   OptionalTensor lse_raw_in, int64_t num_groups, int64_t num_cells,
+                                   int64_t num_classes, int64_t class_start, int64_t ignore_index,
+                                   double label_smoothing, double gamma, int64_t stats) {
+  STD_TORCH_CHECK(!lse_in && !lse_raw_in && class_start == 0 && num_classes == logits.size(1),
+                  "softmax_loss: class shards are not supported yet");
+  const Arguments a{logits, offset, margin, pair, target, target_b, mix, soft_target, slot, weight, group, cell,
+                    num_groups, num_cells, ignore_index, label_smoothing, gamma, stats};
+  return dispatch_floating(logits.scalar_type(), [&](auto tag) { return forward<decltype(tag)>(a); });
+}
+
+BackwardResult softmax_loss_bwd_cpu(OptionalTensor grad_loss, OptionalTensor grad_lse, OptionalTensor grad_mass,
+                                    OptionalTensor grad_hit, OptionalTensor grad_joint, Tensor logits,
+                                    OptionalTensor offset, OptionalTensor margin, OptionalTensor pair,
+                                    OptionalTensor target, OptionalTensor target_b, OptionalTensor mix,
+                                    OptionalTensor soft_target, OptionalTensor slot, OptionalTensor weight,
+                                    OptionalTensor group, OptionalTensor cell, Tensor lse, Tensor lse_raw,
+                                    int64_t num_groups, int64_t num_cells, int64_t num_classes, int64_t class_start,
+                                    int64_t ignore_index, double label_smoothing, double gamma, int64_t stats,
+                                    bool want_offset, bool want_margin, bool want_pair) {
+  STD_TORCH_CHECK(class_start == 0 && num_classes == logits.size(1), "softmax_loss: class shards are not supported yet");
+  const Arguments a{logits, offset, margin, pair, target, target_b, mix, soft_target, slot, weight, group, cell,
+                    num_groups, num_cells, ignore_index, label_smoothing, gamma, stats};
+  const Upstream up{grad_loss, grad_lse, grad_mass, grad_hit, grad_joint};
+  return dispatch_floating(logits.scalar_type(), [&](auto tag) {
+    return backward<decltype(tag)>(up, a, lse, lse_raw, want_offset, want_margin, want_pair);
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(classfair_native, CPU, m) {
+  m.impl("softmax_loss_fwd", TORCH_BOX(&softmax_loss_fwd_cpu));
+  m.impl("softmax_loss_bwd", TORCH_BOX(&softmax_loss_bwd_cpu));
+}
+
+}  // namespace classfair

@@ -1,0 +1,141 @@
+// What the row code of every instruction set is given: inputs, outputs and the meaning of one row.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#include "common.h"
+#include "terms.h"
+
+namespace classfair {
+
+constexpr int64_t kTile = 16;  // rows gathered together when classes are not contiguous
+
+// A (rows, C) view of (N, C) or (N, C, L) memory: row i = n * L + l.
+template <class T>
+struct Rows {
+  T* data;
+  int64_t L, stride_n, stride_c, stride_l;
+
+  T* row(int64_t i) const { return data + (i / L) * stride_n + (i % L) * stride_l; }
+  bool contiguous() const { return stride_c == 1; }
+};
+
+template <class T>
+struct Inputs {
+  using A = acc_t<T>;
+  Rows<const T> logits;
+  int64_t rows, C, G, cells;
+  const int64_t* target;    // (rows,) or null
+  const int64_t* target_b;  // (rows,) or null
+  const A* mix;             // (rows,) share of `target`, or null
+  Rows<const A> soft;       // probabilities; data null where absent
+  const A *offset, *margin, *weight;  // (C,) or null
+  const A* pair;            // (pair_rows, C) or null
+  const int64_t* slot;      // (rows,) row of `pair`, null: the label
+  int64_t pair_rows;
+  const int64_t *group, *cell;  // (rows,) or null
+  int64_t ignore_index;
+  A smoothing, gamma;
+  int64_t stats;
+  const int64_t* order;  // rows in the order in which they are visited, null: natural
+  int64_t chunk_rows;    // rows per chunk; never depends on the number of threads
+
+  bool perturbed() const { return offset != nullptr || margin != nullptr || pair != nullptr; }
+  int64_t chunks() const { return (rows + chunk_rows - 1) / chunk_rows; }
+  int64_t visited(int64_t position) const { return order ? order[position] : position; }
+};
+
+// One row's labels, resolved.
+template <class A>
+struct Row {
+  LabelKind kind = LabelKind::kValid;
+  int64_t a = -1, b = -1;  // hard labels, -1: none
+  A share_a = 0, share_b = 0;
+  int64_t label = -1, group = 0, cell = -1;  // of the statistics; a label or group of -1 keeps the row out
+  int64_t slot = -1;                         // of `pair`
+};
+
+template <class T>
+Row<acc_t<T>> resolve(const Inputs<T>& in, int64_t i) {
+  using A = acc_t<T>;
+  Row<A> row;
+  const bool dense = in.soft.data != nullptr;
+  if (in.target != nullptr) {
+    const A share = in.mix ? in.mix[i] : A(1);
+    const LabelKind kind_a = classify_label(in.target[i], in.C, in.ignore_index);
+    const LabelKind kind_b =
+        in.target_b ? classify_label(in.target_b[i], in.C, in.ignore_index) : LabelKind::kIgnored;
+    if (kind_a == LabelKind::kValid) row.a = in.target[i], row.share_a = share;
+    if (kind_b == LabelKind::kValid) row.b = in.target_b[i], row.share_b = A(1) - share;
+    row.label = in.target_b && share < A(0.5) ? row.b : row.a;
+    if (kind_a == LabelKind::kIgnored && kind_b == LabelKind::kIgnored && !dense) row.kind = LabelKind::kIgnored;
+    if (kind_a == LabelKind::kInvalid || kind_b == LabelKind::kInvalid) row.kind = LabelKind::kInvalid;
+    if (dense) row.a = -1, row.share_a = A(0);  // the label serves the statistics only
+  }
+  if (in.group != nullptr) {
+    row.group = in.group[i];
+    if ((row.group < -1 || row.group >= in.G) && row.kind != LabelKind::kIgnored) row.kind = LabelKind::kInvalid;
+  }
+  if (row.kind == LabelKind::kValid) {
+    if (in.cell != nullptr) row.cell = in.cell[i];
+    if (in.pair != nullptr) row.slot = in.slot ? in.slot[i] : row.a;
+    if (row.slot < 0 || row.slot >= in.pair_rows) row.slot = -1;
+  }
+  return row;
+}
+
+template <class A>
+struct RowStatistics {
+  A p_a, p_b;  // probability of each label
+  bool counted, nonfinite;
+};
+
+template <class T>
+struct Forward {
+  using A = acc_t<T>;
+  Inputs<T> in;
+  A* loss;              // (rows,)
+  double *lse, *lse_raw;  // (rows,); lse_raw null where it would equal lse
+  int64_t* prediction;  // (rows,) or null
+  A* partial_mass;      // (chunks, G, C) or null
+  RowStatistics<A>* row_statistics;  // (rows,) or null
+  double* chunk_weight;              // (chunks,)
+  int64_t* chunk_bad;                // (chunks,) first row with a bad label or group, or -1
+  A* joint;                          // (cells, C) or null, filled by a second pass
+  const int64_t* cell_start;         // (cells + 1,) into in.order
+};
+
+template <class T>
+struct Backward {
+  using A = acc_t<T>;
+  Inputs<T> in;
+  const A* grad_loss;  // null: zero
+  int64_t grad_loss_stride;
+  const double* grad_lse;                       // (rows,) or null
+  const A *grad_mass, *grad_hit, *grad_joint;  // (G, C), (G, C), (cells, C) or null
+  const double *lse, *lse_raw;                 // (rows,)
+  Rows<T> grad_logits;
+  A* partial_offset;  // (chunks, C) or null
+  A* grad_pair;       // (pair_rows, C) or null; in.order then sorts rows by slot
+  A* carry;           // (chunks, C): rows of a slot that began in an earlier chunk
+  int64_t* carry_slot;  // (chunks,) or -1
+  A* row_margin;        // (rows,) gradient of the perturbed target logit, or null
+
+  bool statistics() const { return grad_mass != nullptr || grad_hit != nullptr || grad_joint != nullptr; }
+};
+
+// Working memory of one thread, kept between calls: fresh pages would cost more than the rows they serve.
+template <class A, int kUse = 0>
+A* scratch(int64_t size) {
+  thread_local std::vector<A> memory;
+  if (static_cast<int64_t>(memory.size()) < size) memory.resize(size);
+  return memory.data();
+}
+template <class T>
+T* scratch_tile(int64_t size) {
+  return scratch<T, 1>(size);
+}
+
+}  // namespace classfair
