@@ -175,7 +175,7 @@ def _row_loss(
     gamma: float,
 ) -> Tensor:
     num_classes = nll.shape[1]
-    w = torch.ones_like(nll[0]) if weight is None else weight  # (C,)
+    w = nll.new_ones(num_classes) if weight is None else weight  # (C,)
     if soft_target is not None:
         t = w * ((1 - label_smoothing) * _rows(soft_target) + label_smoothing / num_classes)
         return torch.where(t == 0, 0.0, t * nll).sum(1)

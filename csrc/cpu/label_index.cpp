@@ -14,9 +14,6 @@ namespace classfair {
 
 namespace {
 
-using torch::stable::new_empty;
-using torch::stable::new_zeros;
-
 // Rows in stable order of keys in [0, max_key], 8 bits a pass.
 std::vector<int64_t> radix_order(const std::vector<int64_t>& key, int64_t max_key) {
   const int64_t rows = static_cast<int64_t>(key.size());
@@ -55,11 +52,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> label_index_cpu(Tensor target
   }
   const std::vector<int64_t> sorted = radix_order(key, keys);
 
-  Tensor slot = new_empty(target, {rows}, ScalarType::Long);
-  Tensor key_of_slot = new_zeros(target, {capacity}, ScalarType::Long);
-  Tensor order = new_empty(target, {rows}, ScalarType::Long);
-  Tensor start = new_empty(target, {capacity + 1}, ScalarType::Long);
-  Tensor num_slots = new_empty(target, {}, ScalarType::Long);
+  Tensor slot = allocate<1>(target, {rows}, ScalarType::Long);
+  Tensor key_of_slot = allocate<1>(target, {capacity}, ScalarType::Long);
+  Tensor order = allocate<1>(target, {rows}, ScalarType::Long);
+  Tensor start = allocate<1>(target, {capacity + 1}, ScalarType::Long);
+  Tensor num_slots = allocate<0>(target, {}, ScalarType::Long);
   int64_t* slots = static_cast<int64_t*>(slot.data_ptr());
   int64_t* key_of = static_cast<int64_t*>(key_of_slot.data_ptr());
   int64_t* starts = static_cast<int64_t*>(start.data_ptr());
@@ -78,6 +75,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> label_index_cpu(Tensor target
     slots[i] = used - 1;
     placed = position + 1;
   }
+  std::fill(key_of + used, key_of + capacity, 0);
   std::fill(starts + used, starts + capacity + 1, placed);  // unused slots are empty
   *static_cast<int64_t*>(num_slots.data_ptr()) = used;
   return {slot, key_of_slot, order, start, num_slots};

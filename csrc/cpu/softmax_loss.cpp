@@ -50,8 +50,6 @@ namespace classfair {
 namespace {
 
 using torch::stable::empty_like;
-using torch::stable::new_empty;
-using torch::stable::new_zeros;
 using torch::stable::parallel_for;
 
 // Calls call(isa) with the namespace of the selected instruction set as a tag.
@@ -73,6 +71,13 @@ template <class T>
 Rows<T> rows_view(const Tensor& t) {
   if (t.dim() == 2) return {static_cast<T*>(t.data_ptr()), 1, t.stride(0), t.stride(1), 0};
   return {static_cast<T*>(t.data_ptr()), t.size(2), t.stride(0), t.stride(1), t.stride(2)};
+}
+
+template <std::size_t kDims>
+Tensor zeros(const Tensor& like, const std::array<int64_t, kDims>& sizes, ScalarType dtype) {
+  Tensor t = allocate(like, sizes, dtype);
+  std::memset(t.data_ptr(), 0, t.numel() * t.element_size());
+  return t;
 }
 
 int64_t row_count(const Tensor& logits) { return logits.size(0) * (logits.dim() == 3 ? logits.size(2) : 1); }
@@ -217,15 +222,15 @@ ForwardResult forward(const Arguments& a) {
   const int64_t rows = in.rows, GC = in.G * in.C;
   const bool stats = in.stats != 0, joint = stats && in.cell != nullptr;
   constexpr ScalarType acc = scalar_type_of<A>();
-  Tensor loss = new_empty(a.logits, {rows}, acc);
-  Tensor lse = new_empty(a.logits, {rows}, ScalarType::Double);
-  Tensor lse_raw = new_empty(a.logits, {stats && in.perturbed() ? rows : 0}, ScalarType::Double);
-  Tensor prediction = new_empty(a.logits, {stats ? rows : 0}, ScalarType::Long);
-  Tensor mass = new_empty(a.logits, {stats ? in.G : 0, stats ? in.C : 0}, acc);
-  Tensor hit = new_zeros(a.logits, {stats ? in.G : 0, stats ? in.C : 0}, acc);
-  Tensor joint_rows = new_empty(a.logits, {joint ? in.cells : 0, joint ? in.C : 0}, acc);
-  Tensor counts = new_zeros(a.logits, {stats ? 3 * GC + 2 : 0}, ScalarType::Long);
-  Tensor total_weight = new_empty(a.logits, {}, acc);
+  Tensor loss = allocate<1>(a.logits, {rows}, acc);
+  Tensor lse = allocate<1>(a.logits, {rows}, ScalarType::Double);
+  Tensor lse_raw = allocate<1>(a.logits, {stats && in.perturbed() ? rows : 0}, ScalarType::Double);
+  Tensor prediction = allocate<1>(a.logits, {stats ? rows : 0}, ScalarType::Long);
+  Tensor mass = allocate<2>(a.logits, {stats ? in.G : 0, stats ? in.C : 0}, acc);
+  Tensor hit = zeros<2>(a.logits, {stats ? in.G : 0, stats ? in.C : 0}, acc);
+  Tensor joint_rows = allocate<2>(a.logits, {joint ? in.cells : 0, joint ? in.C : 0}, acc);
+  Tensor counts = zeros<1>(a.logits, {stats ? 3 * GC + 2 : 0}, ScalarType::Long);
+  Tensor total_weight = allocate<0>(a.logits, {}, acc);
 
   std::vector<A> partial(stats ? in.chunks() * GC : 0);
   std::vector<RowStatistics<A>> row_statistics(stats ? rows : 0);
@@ -273,9 +278,9 @@ BackwardResult backward(const Upstream& up, const Arguments& a, const Tensor& ls
   const Inputs<T>& in = b.in;
   constexpr ScalarType acc = scalar_type_of<A>();
   Tensor grad_logits = empty_like(a.logits);
-  Tensor grad_offset = new_empty(a.logits, {want_offset ? in.C : 0}, acc);
-  Tensor grad_margin = new_zeros(a.logits, {want_margin ? in.C : 0}, acc);
-  Tensor grad_pair = new_zeros(a.logits, {want_pair ? in.pair_rows : 0, want_pair ? in.C : 0}, acc);
+  Tensor grad_offset = allocate<1>(a.logits, {want_offset ? in.C : 0}, acc);
+  Tensor grad_margin = zeros<1>(a.logits, {want_margin ? in.C : 0}, acc);
+  Tensor grad_pair = zeros<2>(a.logits, {want_pair ? in.pair_rows : 0, want_pair ? in.C : 0}, acc);
 
   b.grad_loss = optional_data<A>(up.loss);
   b.grad_loss_stride = up.loss.has_value() ? up.loss->stride(0) : 0;
