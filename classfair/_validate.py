@@ -37,9 +37,7 @@ def check_labels_tensor(function: str, name: str, labels: Any, shape: Sequence[i
     if labels.dtype != torch.int64:
         raise TypeError(f"{function}: expected {name} of dtype torch.int64, got {labels.dtype}")
     if tuple(labels.shape) != tuple(shape):
-        raise ValueError(
-            f"{function}: expected {name} of shape {tuple(shape)}, got {tuple(labels.shape)}"
-        )
+        raise ValueError(f"{function}: expected {name} of shape {tuple(shape)}, got {tuple(labels.shape)}")
 
 
 def check_floats(function: str, name: str, value: Any, shape: Sequence[int]) -> None:
@@ -47,16 +45,12 @@ def check_floats(function: str, name: str, value: Any, shape: Sequence[int]) -> 
         got = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"{function}: expected {name} as a floating tensor, got {got}")
     if tuple(value.shape) != tuple(shape):
-        raise ValueError(
-            f"{function}: expected {name} of shape {tuple(shape)}, got {tuple(value.shape)}"
-        )
+        raise ValueError(f"{function}: expected {name} of shape {tuple(shape)}, got {tuple(value.shape)}")
 
 
 def check_device(function: str, name: str, value: Tensor, device: torch.device) -> None:
     if value.device != device:
-        raise ValueError(
-            f"{function}: expected {name} on the device of the logits, {device}, got {value.device}"
-        )
+        raise ValueError(f"{function}: expected {name} on the device of the logits, {device}, got {value.device}")
 
 
 def check_range(function: str, name: str, value: float, low: float, high: float = math.inf) -> None:
@@ -77,20 +71,15 @@ def check_counts(function: str, counts: Any) -> Tensor:
         tensor = torch.as_tensor(counts)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(
-            f"{function}: expected class_counts as a tensor, array or sequence of numbers,"
-            f" got {type(counts).__name__}"
+            f"{function}: expected class_counts as a tensor, array or sequence of numbers, got {type(counts).__name__}"
         ) from None
     if tensor.dim() != 1 or tensor.numel() == 0 or tensor.is_complex():
-        raise ValueError(
-            f"{function}: expected class_counts of shape (C,) with C >= 1, got {tuple(tensor.shape)}"
-        )
+        raise ValueError(f"{function}: expected class_counts of shape (C,) with C >= 1, got {tuple(tensor.shape)}")
     tensor = tensor.detach().to(torch.float64)
     bad = ~torch.isfinite(tensor) | (tensor < 0)
     if bool(bad.any()):
         c = int(bad.nonzero()[0])
-        raise ValueError(
-            f"{function}: expected finite class counts >= 0, got {tensor[c].item():g} for class {c}"
-        )
+        raise ValueError(f"{function}: expected finite class counts >= 0, got {tensor[c].item():g} for class {c}")
     if float(tensor.sum()) == 0:
         raise ValueError(f"{function}: expected at least one non-zero class count, got all zeros")
     return tensor

@@ -12,7 +12,6 @@ from classfair import backends
 from classfair.ops.label_index import label_index
 from classfair.ops.softmax_loss import (
     STATS_DIFFERENTIABLE,
-    STATS_NONE,
     STATS_VALUES,
     SoftmaxLoss,
     softmax_loss,
@@ -46,9 +45,7 @@ def _target_arguments(
         )
         return {"target": flat.y_a, "target_b": flat.y_b, "mix": flat.lam}, flat
     if not isinstance(target, Tensor):
-        raise TypeError(
-            f"{function}: expected target as a tensor or MixedTarget, got {type(target).__name__}"
-        )
+        raise TypeError(f"{function}: expected target as a tensor or MixedTarget, got {type(target).__name__}")
     check.check_device(function, "target", target, logits.device)
     if not target.is_floating_point():
         check.check_labels_tensor(function, "target", target, rows_shape)
@@ -67,6 +64,12 @@ def _mix(function: str, logits: Tensor, lam: Any, rows_shape: torch.Size) -> Ten
             raise ValueError(f"{function}: expected target.lam without gradient, got requires_grad=True")
         if lam.dim() == 1 and len(rows_shape) > 1:
             lam = lam.view(-1, *(1,) * (len(rows_shape) - 1))
+        try:
+            torch.broadcast_shapes(lam.shape, rows_shape)
+        except RuntimeError:
+            raise ValueError(
+                f"{function}: expected target.lam that broadcasts to {tuple(rows_shape)}, got {tuple(lam.shape)}"
+            ) from None
         lam = lam.to(logits.device, check.acc_dtype(logits))
         return lam.expand(rows_shape).reshape(-1).contiguous()
     check.check_range(function, "target.lam", lam, 0.0, 1.0)
@@ -133,11 +136,8 @@ def _prepare(
         raise ValueError(f"{function}: expected hard labels with gamma > 0, got probabilities")
     if dense and ignore_index >= 0:
         raise ValueError(
-            f"{function}: expected hard labels with ignore_index >= 0, got probabilities,"
-            " which have no index to ignore"
+            f"{function}: expected hard labels with ignore_index >= 0, got probabilities, which have no index to ignore"
         )
-    if weight is not None and weight.requires_grad:
-        raise ValueError(f"{function}: expected weight without gradient, got requires_grad=True")
     arguments |= {
         "offset": _vector(function, "offset", offset, logits),
         "margin": _vector(function, "margin", margin, logits),
@@ -146,6 +146,8 @@ def _prepare(
         "gamma": float(gamma),
         "ignore_index": ignore_index,
     }
+    if weight is not None and weight.requires_grad:
+        raise ValueError(f"{function}: expected weight without gradient, got requires_grad=True")
     if pair is not None:
         arguments |= _pair_arguments(function, pair, logits, math.prod(rows_shape))
     if logits.dim() > 3:
@@ -187,7 +189,13 @@ def _reduce(problem: _Problem, out: SoftmaxLoss, target: Any, reduction: str) ->
     if reduction == "none":
         return loss.view(problem.rows_shape)
     total = loss.sum()
-    return total / out.total_weight if reduction == "mean" else total
+    if reduction == "sum":
+        return total
+    weight = out.total_weight
+    if problem.arguments["label_smoothing"]:
+        # As torch, whose hard part is then 0 / 0; the smoothing term alone would give infinity.
+        weight = torch.where(weight == 0, torch.nan, weight)
+    return total / weight
 
 
 def _soft_target_term(problem: _Problem, target: Tensor) -> Tensor:

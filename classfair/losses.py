@@ -171,10 +171,7 @@ class CrossEntropyLoss(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        return (
-            f"ignore_index={self.ignore_index}, reduction={self.reduction!r},"
-            f" label_smoothing={self.label_smoothing}"
-        )
+        return f"ignore_index={self.ignore_index}, reduction={self.reduction!r}, label_smoothing={self.label_smoothing}"
 
 
 class LogitAdjustedLoss(CrossEntropyLoss):

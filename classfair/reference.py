@@ -82,12 +82,8 @@ class _Labels:
                 ignored_b, bad_b = _classify(target_b, num_classes, ignore_index)
                 _raise_if_bad("softmax_loss", bad_b, target_b, expected)
                 absent_b = ignored_b | bad_b
-                self.labels.append(
-                    (torch.where(absent_b, 0, target_b), torch.where(absent_b, 0.0, 1 - share))
-                )
-                self.statistic = torch.where(
-                    share >= 0.5, self.statistic, torch.where(absent_b, -1, target_b)
-                )
+                self.labels.append((torch.where(absent_b, 0, target_b), torch.where(absent_b, 0.0, 1 - share)))
+                self.statistic = torch.where(share >= 0.5, self.statistic, torch.where(absent_b, -1, target_b))
                 ignored, bad = ignored & ignored_b, bad | bad_b
         if dense:
             ignored = none
@@ -156,9 +152,7 @@ def softmax_loss(
         return loss, lse, lse.new_empty(0), none, table, table.clone(), table.clone(), none.clone(), total_weight
 
     perturbed = offset is not None or margin is not None or pair is not None
-    lse_raw, prediction, mass, hit, joint, counts = _statistics(
-        raw, safe, labels, dense, cell, num_groups, num_cells
-    )
+    lse_raw, prediction, mass, hit, joint, counts = _statistics(raw, safe, labels, dense, cell, num_groups, num_cells)
     if not perturbed:
         lse_raw = lse.new_empty(0)
     if stats == 1:
@@ -210,7 +204,7 @@ def _statistics(
     num_groups: int,
     num_cells: int,
 ) -> tuple[Tensor, ...]:
-    rows, num_classes = raw.shape
+    num_classes = raw.shape[1]
     top, log_sum, safe = _log_sum_exp(safe)
     dead = (raw == -math.inf).all(1)
     lse = torch.where(dead, -math.inf, top.double() + log_sum.double())
@@ -237,9 +231,7 @@ def _statistics(
     if cell is not None:
         in_cell = counted & (cell >= 0) & (cell < num_cells)
         index = torch.where(in_cell, cell, 0)
-        joint = p.new_zeros(num_cells, num_classes).index_add(
-            0, index, torch.where(in_cell[:, None], p, 0.0)
-        )
+        joint = p.new_zeros(num_cells, num_classes).index_add(0, index, torch.where(in_cell[:, None], p, 0.0))
     prediction = raw.argmax(1)
     safe_y = torch.where(counted, y, 0)
     nonfinite = labels.valid & ~finite
@@ -281,7 +273,7 @@ def softmax_loss_backward(
         outputs = (outputs[0], outputs[1], outputs[4], outputs[5], outputs[6])
         return tuple(o for o, u in zip(outputs, upstream, strict=True) if u is not None)
 
-    _, pullback = torch.func.vjp(formula, *(values[i] for i in active))
+    pullback = torch.func.vjp(formula, *(values[i] for i in active))[1]
     pulled = pullback(tuple(u for u in upstream if u is not None))
     result: list[Tensor | None] = [None] * 4
     for i, value in zip(active, pulled, strict=True):

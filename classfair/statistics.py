@@ -1,5 +1,6 @@
 """Batch statistics that come out of the loss's own pass over the logits."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -68,8 +69,7 @@ class BatchStats:
             return NotImplemented
         if self.mass.shape != other.mass.shape:
             raise ValueError(
-                f"BatchStats: expected statistics of shape {tuple(self.mass.shape)},"
-                f" got {tuple(other.mass.shape)}"
+                f"BatchStats: expected statistics of shape {tuple(self.mass.shape)}, got {tuple(other.mass.shape)}"
             )
         summed = {name: getattr(self, name) + getattr(other, name) for name in _SUMMED}
         both = self.confusion is not None and other.confusion is not None
@@ -119,12 +119,18 @@ class BatchStats:
 
 _SUMMED = ("mass", "hit", "count", "correct", "predicted", "invalid", "nonfinite")
 _FIELDS = tuple(f.name for f in fields(BatchStats))
-pytree.register_pytree_node(
-    BatchStats,
-    lambda stats: ([getattr(stats, name) for name in _FIELDS], None),
-    lambda values, _: BatchStats(*values),
-    serialized_type_name="classfair.BatchStats",
-)
+
+
+def _flatten(stats: BatchStats) -> tuple[list[Any], tuple[str, ...]]:
+    names = tuple(n for n in _FIELDS if getattr(stats, n) is not None)  # so that every leaf is a tensor
+    return [getattr(stats, n) for n in names], names
+
+
+def _unflatten(values: Iterable[Any], names: tuple[str, ...]) -> BatchStats:
+    return BatchStats(**dict(zip(names, values, strict=True)))
+
+
+pytree.register_pytree_node(BatchStats, _flatten, _unflatten, serialized_type_name="classfair.BatchStats")
 
 
 class _AllReduce(torch.autograd.Function):

@@ -74,8 +74,7 @@ def class_counts(dataset_or_targets: Any, num_classes: int) -> Tensor:
         kind = type(dataset_or_targets).__name__
         size = f" of length {len(dataset_or_targets)}" if isinstance(dataset_or_targets, Sized) else ""
         raise TypeError(
-            "class_counts: expected integer labels or a data set with .targets, .labels or .tensors,"
-            f" got {kind}{size}"
+            f"class_counts: expected integer labels or a data set with .targets, .labels or .tensors, got {kind}{size}"
         )
     labels = torch.as_tensor(np.asarray(targets.cpu() if isinstance(targets, Tensor) else targets))
     if labels.is_floating_point() and labels.numel() == 0:
@@ -86,7 +85,5 @@ def class_counts(dataset_or_targets: Any, num_classes: int) -> Tensor:
     bad = (labels < 0) | (labels >= num_classes)
     if bool(bad.any()):
         i = int(bad.nonzero()[0])
-        raise ValueError(
-            f"class_counts: expected labels in [0, {num_classes}), got {int(labels[i])} at position {i}"
-        )
+        raise ValueError(f"class_counts: expected labels in [0, {num_classes}), got {int(labels[i])} at position {i}")
     return torch.bincount(labels, minlength=num_classes)

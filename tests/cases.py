@@ -195,9 +195,7 @@ def _nan_row_ignored(x: Inputs, g: torch.Generator) -> None:
 
 
 def _one_hot(x: Inputs, g: torch.Generator) -> None:
-    x["soft_target"] = torch.nn.functional.one_hot(
-        x["soft_target"].argmax(1), x["logits"].shape[1]
-    ).double()
+    x["soft_target"] = torch.nn.functional.one_hot(x["soft_target"].argmax(1), x["logits"].shape[1]).double()
     x["logits"][:, 0] = -torch.inf  # 0 * inf where the target is 0
     x["soft_target"][:, 0] = 0
 

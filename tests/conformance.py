@@ -19,18 +19,21 @@ def cast(inputs: Inputs, dtype: torch.dtype, device: str, acc: torch.dtype | Non
     acc = acc or (torch.float64 if dtype == torch.float64 else torch.float32)
     result = {}
     for name, value in inputs.items():
-        if isinstance(value, Tensor):
-            if value.is_floating_point():
-                value = value.to(dtype if name == "logits" else acc)
-            value = value.to(device)
         result[name] = value
+        if isinstance(value, Tensor):
+            floating = dtype if name == "logits" else acc
+            result[name] = value.to(device, floating if value.is_floating_point() else value.dtype)
     return result
 
 
 def as_truth(inputs: Inputs) -> Inputs:
     """The same numbers in float64 on the CPU."""
     return {
-        k: v.double().cpu() if isinstance(v, Tensor) and v.is_floating_point() else v.cpu() if isinstance(v, Tensor) else v
+        k: v.double().cpu()
+        if isinstance(v, Tensor) and v.is_floating_point()
+        else v.cpu()
+        if isinstance(v, Tensor)
+        else v
         for k, v in inputs.items()
     }
 
@@ -45,11 +48,11 @@ def upstream(out: SoftmaxLoss) -> list[Tensor]:
     return result
 
 
-def run(inputs: Inputs, backend: str, wanted: tuple[str, ...] = DIFFERENTIABLE) -> tuple[SoftmaxLoss, dict[str, Tensor]]:
+def run(
+    inputs: Inputs, backend: str, wanted: tuple[str, ...] = DIFFERENTIABLE
+) -> tuple[SoftmaxLoss, dict[str, Tensor]]:
     """Outputs, and gradients of the ``wanted`` inputs from all differentiable outputs together."""
-    leaves = {
-        n: inputs[n].detach().requires_grad_() for n in wanted if isinstance(inputs.get(n), Tensor)
-    }
+    leaves = {n: inputs[n].detach().requires_grad_() for n in wanted if isinstance(inputs.get(n), Tensor)}
     out = softmax_loss(**{**inputs, **leaves}, backend=backend)
     pairs = [
         (o, g.to(o.device, o.dtype))

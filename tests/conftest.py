@@ -1,9 +1,8 @@
-"""Back-end × device pairs, NaN-poisoned allocations and the namespace of doc examples."""
+"""Back-end × device pairs and NaN-poisoned allocations."""
 
 import pytest
 import torch
 
-import classfair
 from classfair import backends
 
 #: Every pair the conformance suite runs over where the machine can; a new back-end is one more pair.
@@ -13,9 +12,7 @@ PAIRS = (("native", "cpu"), ("native", "cuda"), ("triton", "cpu"), ("triton", "c
 def runnable(primitive: str) -> list[tuple[str, str]]:
     """The pairs that this machine can run for a primitive."""
     present = {"cpu": True, "cuda": torch.cuda.is_available()}
-    return [
-        (b, d) for b, d in PAIRS if present[d] and b in backends.available(primitive, d)
-    ]
+    return [(b, d) for b, d in PAIRS if present[d] and b in backends.available(primitive, d)]
 
 
 @pytest.fixture(autouse=True)
@@ -24,8 +21,3 @@ def _poison():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(autouse=True)
-def _doctest_names(doctest_namespace):
-    doctest_namespace.update(torch=torch, classfair=classfair)

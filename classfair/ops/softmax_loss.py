@@ -40,9 +40,7 @@ def _acc(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def _fwd_fake(
-    logits: Tensor, offset: Any, margin: Any, pair: Any, *rest: Any
-) -> tuple[Tensor, ...]:
+def _fwd_fake(logits: Tensor, offset: Any, margin: Any, pair: Any, *rest: Any) -> tuple[Tensor, ...]:
     cell, num_groups, num_cells, stats = rest[7], rest[10], rest[11], rest[17]
     rows = logits.shape[0] * (logits.shape[2] if logits.dim() == 3 else 1)
     classes, acc = logits.shape[1], _acc(logits)
@@ -107,11 +105,55 @@ class SoftmaxLossFunction(torch.autograd.Function):
 
     generate_vmap_rule = True
 
+    # Spelled out, because Dynamo tells Functions with setup_context from others by the number of parameters.
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:
-        *tensors_and_scalars, backend = args
-        tensors, scalars = tensors_and_scalars[:_NUM_TENSORS], tensors_and_scalars[_NUM_TENSORS:]
-        return backends.namespace(backend).softmax_loss_fwd(*tensors, None, None, *scalars)
+    def forward(
+        logits: Tensor,
+        offset: Tensor | None,
+        margin: Tensor | None,
+        pair: Tensor | None,
+        target: Tensor | None,
+        target_b: Tensor | None,
+        mix: Tensor | None,
+        soft_target: Tensor | None,
+        slot: Tensor | None,
+        weight: Tensor | None,
+        group: Tensor | None,
+        cell: Tensor | None,
+        num_groups: int,
+        num_cells: int,
+        num_classes: int,
+        class_start: int,
+        ignore_index: int,
+        label_smoothing: float,
+        gamma: float,
+        stats: int,
+        backend: str,
+    ) -> tuple[Tensor, ...]:
+        return backends.namespace(backend).softmax_loss_fwd(
+            logits,
+            offset,
+            margin,
+            pair,
+            target,
+            target_b,
+            mix,
+            soft_target,
+            slot,
+            weight,
+            group,
+            cell,
+            None,
+            None,
+            num_groups,
+            num_cells,
+            num_classes,
+            class_start,
+            ignore_index,
+            label_smoothing,
+            gamma,
+            stats,
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
@@ -167,7 +209,7 @@ class SoftmaxLossBackward(torch.autograd.Function):
         present = [i for i, t in enumerate(differentiable) if t is not None]
         wanted = [g is not None and w for g, w in zip(grads, (True, *ctx.wants), strict=True)]
 
-        def formula(*values: Tensor) -> tuple[Tensor, ...]:
+        def formula(*values: Tensor) -> tuple[Any, ...]:
             full: list[Any] = [None] * count
             for i, value in zip(present, values, strict=True):
                 full[i] = value
@@ -178,7 +220,7 @@ class SoftmaxLossBackward(torch.autograd.Function):
 
         result: list[Any] = [None] * ctx.num_inputs
         if any(wanted):
-            _, pullback = torch.func.vjp(formula, *(differentiable[i] for i in present))
+            pullback = torch.func.vjp(formula, *(differentiable[i] for i in present))[1]
             pulled = pullback(tuple(g for g, w in zip(grads, wanted, strict=True) if w))
             for i, value in zip(present, pulled, strict=True):
                 result[i] = value
@@ -186,8 +228,8 @@ class SoftmaxLossBackward(torch.autograd.Function):
 
 
 # torch inspects the signature on every apply; cached, a call costs 9 microseconds less.
-for _function in (SoftmaxLossFunction, SoftmaxLossBackward):
-    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[attr-defined]
+for _forward in (SoftmaxLossFunction.forward, SoftmaxLossBackward.forward):
+    setattr(_forward, "__signature__", inspect.signature(_forward))  # noqa: B010
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:

@@ -8,7 +8,8 @@ namespace classfair {
 
 enum class Isa { kBaseline, kAvx2, kAvx512 };
 
-// The best one that this processor has. ATEN_CPU_CAPABILITY, the variable that limits torch's own kernels, limits it too.
+// The best one that this processor has. ATEN_CPU_CAPABILITY, the variable that limits torch's own kernels, limits it
+// too.
 Isa selected_isa();
 const char* isa_name(Isa isa);
 std::vector<std::string> compiled_isas();

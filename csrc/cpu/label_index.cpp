@@ -41,12 +41,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> label_index_cpu(Tensor target
     const LabelKind kind = classify_label(label[i], num_classes, ignore_index);
     const bool bad_group = kind == LabelKind::kValid && (g < -1 || g >= num_groups);
     if (kind == LabelKind::kInvalid || bad_group)
-      throw std::out_of_range(
-          "label_index: expected " +
-          (bad_group ? "group in [0, " + std::to_string(num_groups) + ") or -1, got " + std::to_string(g)
-                     : "label in [0, " + std::to_string(num_classes) + ") or ignore_index " +
-                           std::to_string(ignore_index) + ", got " + std::to_string(label[i])) +
-          " at row " + std::to_string(i));
+      throw std::out_of_range("label_index: expected " +
+                              (bad_group
+                                   ? "group in [0, " + std::to_string(num_groups) + ") or -1, got " + std::to_string(g)
+                                   : "label in [0, " + std::to_string(num_classes) + ") or ignore_index " +
+                                         std::to_string(ignore_index) + ", got " + std::to_string(label[i])) +
+                              " at row " + std::to_string(i));
     // Rows without a slot sort last.
     key[i] = kind == LabelKind::kValid && g >= 0 ? label[i] * num_groups + g : keys;
   }

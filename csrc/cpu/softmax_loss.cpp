@@ -54,10 +54,10 @@ using torch::stable::parallel_for;
 
 // Calls call(isa) with the namespace of the selected instruction set as a tag.
 #if defined(__x86_64__)
-#define CLASSFAIR_CALL(function, ...)                                    \
-  (isa == Isa::kAvx512 ? avx512::function(__VA_ARGS__)                   \
-                       : isa == Isa::kAvx2 ? avx2::function(__VA_ARGS__) \
-                                           : baseline::function(__VA_ARGS__))
+#define CLASSFAIR_CALL(function, ...)                  \
+  (isa == Isa::kAvx512 ? avx512::function(__VA_ARGS__) \
+   : isa == Isa::kAvx2 ? avx2::function(__VA_ARGS__)   \
+                       : baseline::function(__VA_ARGS__))
 #else
 #define CLASSFAIR_CALL(function, ...) baseline::function(__VA_ARGS__)
 #endif
@@ -138,8 +138,8 @@ template <class T>
   const auto is_bad = [&](const int64_t* labels) {
     return labels && classify_label(labels[i], in.C, in.ignore_index) == LabelKind::kInvalid;
   };
-  std::string expected = "label in [0, " + std::to_string(in.C) + ") or ignore_index " +
-                         std::to_string(in.ignore_index);
+  std::string expected =
+      "label in [0, " + std::to_string(in.C) + ") or ignore_index " + std::to_string(in.ignore_index);
   int64_t got = 0;
   if (is_bad(in.target)) {
     got = in.target[i];
@@ -331,8 +331,9 @@ ForwardResult softmax_loss_fwd_cpu(Tensor logits, OptionalTensor offset, Optiona
                                    double label_smoothing, double gamma, int64_t stats) {
   STD_TORCH_CHECK(!lse_in && !lse_raw_in && class_start == 0 && num_classes == logits.size(1),
                   "softmax_loss: class shards are not supported yet");
-  const Arguments a{logits, offset, margin, pair, target, target_b, mix, soft_target, slot, weight, group, cell,
-                    num_groups, num_cells, ignore_index, label_smoothing, gamma, stats};
+  const Arguments a{logits, offset, margin, pair, target,     target_b,  mix,          soft_target,
+                    slot,   weight, group,  cell, num_groups, num_cells, ignore_index, label_smoothing,
+                    gamma,  stats};
   return dispatch_floating(logits.scalar_type(), [&](auto tag) { return forward<decltype(tag)>(a); });
 }
 
@@ -345,9 +346,11 @@ BackwardResult softmax_loss_bwd_cpu(OptionalTensor grad_loss, OptionalTensor gra
                                     int64_t num_groups, int64_t num_cells, int64_t num_classes, int64_t class_start,
                                     int64_t ignore_index, double label_smoothing, double gamma, int64_t stats,
                                     bool want_offset, bool want_margin, bool want_pair) {
-  STD_TORCH_CHECK(class_start == 0 && num_classes == logits.size(1), "softmax_loss: class shards are not supported yet");
-  const Arguments a{logits, offset, margin, pair, target, target_b, mix, soft_target, slot, weight, group, cell,
-                    num_groups, num_cells, ignore_index, label_smoothing, gamma, stats};
+  STD_TORCH_CHECK(class_start == 0 && num_classes == logits.size(1),
+                  "softmax_loss: class shards are not supported yet");
+  const Arguments a{logits, offset, margin, pair, target,     target_b,  mix,          soft_target,
+                    slot,   weight, group,  cell, num_groups, num_cells, ignore_index, label_smoothing,
+                    gamma,  stats};
   const Upstream up{grad_loss, grad_lse, grad_mass, grad_hit, grad_joint};
   return dispatch_floating(logits.scalar_type(), [&](auto tag) {
     return backward<decltype(tag)>(up, a, lse, lse_raw, want_offset, want_margin, want_pair);

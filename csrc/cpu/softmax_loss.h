@@ -27,13 +27,13 @@ struct Inputs {
   using A = acc_t<T>;
   Rows<const T> logits;
   int64_t rows, C, G, cells;
-  const int64_t* target;    // (rows,) or null
-  const int64_t* target_b;  // (rows,) or null
-  const A* mix;             // (rows,) share of `target`, or null
-  Rows<const A> soft;       // probabilities; data null where absent
+  const int64_t* target;              // (rows,) or null
+  const int64_t* target_b;            // (rows,) or null
+  const A* mix;                       // (rows,) share of `target`, or null
+  Rows<const A> soft;                 // probabilities; data null where absent
   const A *offset, *margin, *weight;  // (C,) or null
-  const A* pair;            // (pair_rows, C) or null
-  const int64_t* slot;      // (rows,) row of `pair`, null: the label
+  const A* pair;                      // (pair_rows, C) or null
+  const int64_t* slot;                // (rows,) row of `pair`, null: the label
   int64_t pair_rows;
   const int64_t *group, *cell;  // (rows,) or null
   int64_t ignore_index;
@@ -65,8 +65,7 @@ Row<acc_t<T>> resolve(const Inputs<T>& in, int64_t i) {
   if (in.target != nullptr) {
     const A share = in.mix ? in.mix[i] : A(1);
     const LabelKind kind_a = classify_label(in.target[i], in.C, in.ignore_index);
-    const LabelKind kind_b =
-        in.target_b ? classify_label(in.target_b[i], in.C, in.ignore_index) : LabelKind::kIgnored;
+    const LabelKind kind_b = in.target_b ? classify_label(in.target_b[i], in.C, in.ignore_index) : LabelKind::kIgnored;
     if (kind_a == LabelKind::kValid) row.a = in.target[i], row.share_a = share;
     if (kind_b == LabelKind::kValid) row.b = in.target_b[i], row.share_b = A(1) - share;
     row.label = in.target_b && share < A(0.5) ? row.b : row.a;
@@ -96,10 +95,10 @@ template <class T>
 struct Forward {
   using A = acc_t<T>;
   Inputs<T> in;
-  A* loss;              // (rows,)
-  double *lse, *lse_raw;  // (rows,); lse_raw null where it would equal lse
-  int64_t* prediction;  // (rows,) or null
-  A* partial_mass;      // (chunks, G, C) or null
+  A* loss;                           // (rows,)
+  double *lse, *lse_raw;             // (rows,); lse_raw null where it would equal lse
+  int64_t* prediction;               // (rows,) or null
+  A* partial_mass;                   // (chunks, G, C) or null
   RowStatistics<A>* row_statistics;  // (rows,) or null
   double* chunk_weight;              // (chunks,)
   int64_t* chunk_bad;                // (chunks,) first row with a bad label or group, or -1
@@ -113,13 +112,13 @@ struct Backward {
   Inputs<T> in;
   const A* grad_loss;  // null: zero
   int64_t grad_loss_stride;
-  const double* grad_lse;                       // (rows,) or null
+  const double* grad_lse;                      // (rows,) or null
   const A *grad_mass, *grad_hit, *grad_joint;  // (G, C), (G, C), (cells, C) or null
   const double *lse, *lse_raw;                 // (rows,)
   Rows<T> grad_logits;
-  A* partial_offset;  // (chunks, C) or null
-  A* grad_pair;       // (pair_rows, C) or null; in.order then sorts rows by slot
-  A* carry;           // (chunks, C): rows of a slot that began in an earlier chunk
+  A* partial_offset;    // (chunks, C) or null
+  A* grad_pair;         // (pair_rows, C) or null; in.order then sorts rows by slot
+  A* carry;             // (chunks, C): rows of a slot that began in an earlier chunk
   int64_t* carry_slot;  // (chunks,) or -1
   A* row_margin;        // (rows,) gradient of the perturbed target logit, or null
 

@@ -148,8 +148,8 @@ A hard_loss(const Inputs<T>& in, const Row<A>& row, const E* x, const LogSum<A>&
 
 // One row; z is contiguous. Buffers of C: x (perturbed logits), e (exponentials of the raw ones).
 template <class T, class A = acc_t<T>>
-void forward_row(const Forward<T>& f, int64_t i, const Row<A>& row, const T* z, const A* soft, A weight_sum,
-                 A* mass, A* x, A* e) {
+void forward_row(const Forward<T>& f, int64_t i, const Row<A>& row, const T* z, const A* soft, A weight_sum, A* mass,
+                 A* x, A* e) {
   const Inputs<T>& in = f.in;
   constexpr A kInf = std::numeric_limits<A>::infinity();
   const bool perturbed = in.perturbed(), smooth = in.smoothing != A(0) && !soft;
@@ -160,8 +160,8 @@ void forward_row(const Forward<T>& f, int64_t i, const Row<A>& row, const T* z, 
     if (lse.dead)
       f.loss[i] = kInf;
     else
-      f.loss[i] = soft ? dense_loss(in, soft, logits, lse.max, lse.log)
-                       : hard_loss(in, row, logits, lse, linear, weight_sum);
+      f.loss[i] =
+          soft ? dense_loss(in, soft, logits, lse.max, lse.log) : hard_loss(in, row, logits, lse, linear, weight_sum);
   };
   if (perturbed) {
     perturb(z, in.offset, row.slot >= 0 ? in.pair + row.slot * in.C : nullptr, in.C, x);
@@ -291,13 +291,13 @@ void joint_cell(const Forward<T>& f, int64_t cell) {
 // What the column loops of one row's backward need.
 template <class A>
 struct RowGradient {
-  A scale, high, low;            // gradient = scale * exp(x - lse) - target_scale * target_c + ...
-  A target_scale;                // upstream gradient of the loss
-  const A *offset, *pair;        // parts of x, null: zero
-  const A* target;               // smoothed or dense target row
-  const A *p, *mass;             // raw softmax and the upstream gradient of its statistics (null: zero)
-  A dot;                         // <p, mass>
-  A *sum_offset, *sum_pair;      // running sums of the perturbed part, null: not wanted
+  A scale, high, low;        // gradient = scale * exp(x - lse) - target_scale * target_c + ...
+  A target_scale;            // upstream gradient of the loss
+  const A *offset, *pair;    // parts of x, null: zero
+  const A* target;           // smoothed or dense target row
+  const A *p, *mass;         // raw softmax and the upstream gradient of its statistics (null: zero)
+  A dot;                     // <p, mass>
+  A *sum_offset, *sum_pair;  // running sums of the perturbed part, null: not wanted
 };
 
 template <bool kTarget, bool kStatistics, bool kSum, class T, class A>
@@ -358,7 +358,7 @@ A raw_softmax(const T* z, int64_t C, double lse, const A* mass, A* p) {
 template <class A>
 struct BackwardBuffers {
   A *p, *mass, *target;
-  A* smoothing;      // w_c e / C, null without smoothing
+  A* smoothing;  // w_c e / C, null without smoothing
   A smoothing_sum;
 };
 

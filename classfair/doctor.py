@@ -1,0 +1,134 @@
+"""``classfair doctor``: what is installed, which back-end serves which device and why, and whether it is right."""
+
+import argparse
+import importlib
+import importlib.metadata
+import json
+import platform
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import classfair
+from classfair import backends
+from classfair.ops import label_index, softmax_loss
+
+_PACKAGES = ("torch", "numpy", "triton", "scikit-learn", "matplotlib", "rich", "tyro")
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version(), "classfair": classfair.__version__}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions
+
+
+def _build() -> dict[str, Any]:
+    if "_C" in backends.load_errors:
+        return {"compiled": f"no ({backends.load_errors['_C']})"}
+    return importlib.import_module("classfair._C").build_info()
+
+
+def _device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name() if torch.cuda.is_available() else "none present"
+    return f"{platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def _test_softmax_loss(backend: str, device: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(33, 17, generator=g)
+    target = torch.randint(0, 17, (33,), generator=g)
+    offset = torch.rand(17, generator=g)
+
+    def compute(name: str, where: str, dtype: torch.dtype) -> list[torch.Tensor]:
+        z = logits.to(where, dtype).requires_grad_()
+        out = softmax_loss(z, target=target.to(where), offset=offset.to(where, dtype), stats=2, backend=name)
+        (gradient,) = torch.autograd.grad(out.loss.sum() + out.mass.square().sum(), z)
+        return [t.cpu().double() for t in (out.loss.detach(), out.mass.detach(), gradient)]
+
+    expected = compute("reference", "cpu", torch.float64)
+    for got, want in zip(compute(backend, device, torch.float32), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def _test_label_index(backend: str, device: str) -> None:
+    target = torch.tensor([4, 1, -100, 4, 0])
+    index = label_index(target.to(device), 6, backend=backend)
+    expected = label_index(target, 6, backend="reference")
+    for got, want in zip(index, expected, strict=True):
+        if not torch.equal(got.cpu(), want):
+            raise AssertionError(f"{got.tolist()} instead of {want.tolist()}")
+
+
+_SELF_TESTS: dict[str, Callable[[str, str], None]] = {
+    "softmax_loss": _test_softmax_loss,
+    "label_index": _test_label_index,
+}
+
+
+def _check(primitive: str, device: str, backend: str) -> dict[str, str]:
+    """One row: status is ok, unavailable or broken."""
+    if device == "cuda" and not torch.cuda.is_available():
+        return {"status": "unavailable", "detail": "no CUDA device"}
+    if backend not in backends.available(primitive, device):
+        return {"status": "unavailable", "detail": backends.why_missing(primitive, device, backend)}
+    try:
+        _SELF_TESTS[primitive](backend, device)
+    except Exception as error:  # whatever a broken install throws is what doctor is there to show
+        return {"status": "broken", "detail": f"{type(error).__name__}: {error}".splitlines()[0]}
+    default = backends.choose(primitive, torch.device(device), None) == backend
+    return {"status": "ok", "detail": "default" if default else ""}
+
+
+def examine() -> dict[str, Any]:
+    """Everything doctor prints, as JSON types; ``"healthy"`` is False when something installed is broken."""
+    rows = [
+        {"primitive": p, "device": d, "backend": b, **_check(p, d, b)}
+        for p in backends.PRIMITIVES
+        for d in ("cpu", "cuda")
+        for b in backends.BACKENDS
+    ]
+    # A module that was built but cannot be imported is broken even if another back-end serves in its place.
+    unloadable = {m: e for m, e in backends.load_errors.items() if "import failed" in e}
+    healthy = not unloadable and all(row["status"] != "broken" for row in rows)
+    return {
+        "versions": _versions(),
+        "build": _build(),
+        "devices": {d: _device_name(d) for d in ("cpu", "cuda")},
+        "backends": rows,
+        "unloadable": unloadable,
+        "healthy": healthy,
+    }
+
+
+def _print(report: dict[str, Any]) -> None:
+    for title in ("versions", "build", "devices"):
+        print(title)
+        for name, value in report[title].items():
+            print(f"  {name:<22}{', '.join(value) if isinstance(value, list) else value}")
+    print("back-ends (a small numeric self-test each)")
+    for row in report["backends"]:
+        line = f"  {row['primitive']:<14}{row['device']:<6}{row['backend']:<11}{row['status']:<13}{row['detail']}"
+        print(line.rstrip())
+    for module, error in report["unloadable"].items():
+        print(f"classfair.{module}: {error}")
+    print("healthy" if report["healthy"] else "BROKEN: see above")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0 if everything installed works, 1 if something is broken, 2 for bad usage."""
+    parser = argparse.ArgumentParser(prog="classfair doctor", description=__doc__.partition(":")[2].strip())
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    arguments = parser.parse_args(sys.argv[2:] if argv is None else argv)
+    report = examine()
+    if arguments.json:
+        print(json.dumps(report, indent=2))
+    else:
+        _print(report)
+    return 0 if report["healthy"] else 1

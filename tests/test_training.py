@@ -1,0 +1,184 @@
+"""The training job as a library: data, pairing, determinism, results, run folder."""
+
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+
+import classfair
+from classfair.training import RunFolder, TrainConfig, summarise
+from classfair.training.data import digits_long_tailed, long_tailed_counts
+from classfair.training.engine import DeviceUnavailableError, fit, resolve_device, run_all
+from classfair.training.model import mlp
+
+
+def ignore(epoch):
+    pass
+
+
+@pytest.fixture(scope="module")
+def default_job():
+    """The job of ``classfair train`` without flags: three paired seeds, both losses."""
+    config = TrainConfig()
+    return config, list(run_all(config, ignore))
+
+
+def test_logit_adjustment_helps_the_few_shot_classes(default_job):
+    config, runs = default_job
+    results = [result for result, _ in runs]
+    summary = summarise(results, config)
+    ce, la = summary["ce"], summary["la"]
+    assert la["few"]["mean"] > ce["few"]["mean"] + 0.04
+    assert la["all"]["mean"] > ce["all"]["mean"]
+    assert la["geometric_mean"]["mean"] > ce["geometric_mean"]["mean"]
+    assert ce["many"]["mean"] > 0.93
+    assert 0.72 < ce["all"]["mean"] < 0.85
+    for seed in range(config.seeds):
+        few = {r.loss: r.columns(config)["few"] for r in results if r.seed == seed}
+        assert few["la"] >= few["ce"]
+
+
+def test_summary_is_mean_and_sample_sd(default_job):
+    config, runs = default_job
+    summary = summarise([result for result, _ in runs], config)
+    few = [result.columns(config)["few"] for result, _ in runs if result.loss == "la"]
+    assert summary["la"]["few"]["mean"] == pytest.approx(sum(few) / 3)
+    sd = math.sqrt(sum((x - sum(few) / 3) ** 2 for x in few) / 2)
+    assert summary["la"]["few"]["sd"] == pytest.approx(sd)
+
+
+def test_checkpoint_predicts_what_was_reported(default_job):
+    config, runs = default_job
+    result, checkpoint = runs[1]
+    model = mlp((64, 64, 32, 10), torch.Generator())
+    model.load_state_dict(checkpoint["model"])
+    split = digits_long_tailed(result.seed, config.imbalance)
+    hits = split.test_y[model(split.test_x).argmax(1) == split.test_y]
+    assert torch.bincount(hits, minlength=10).tolist() == result.correct.tolist()
+    criterion = classfair.LogitAdjustedLoss(torch.ones(10))
+    criterion.load_state_dict(checkpoint["criterion"])
+    expected = classfair.logit_adjustment(torch.from_numpy(result.train_count))
+    torch.testing.assert_close(criterion.state_dict()["offset"], expected)
+
+
+@pytest.mark.parametrize("loss", ["ce", "la"])
+def test_same_seed_gives_the_same_bits(loss):
+    config = TrainConfig(epochs=3)
+    split = digits_long_tailed(5, config.imbalance)
+    first, first_state = fit(loss, 5, split, config, ignore)
+    torch.rand(1)  # whatever else draws random numbers in between
+    second, second_state = fit(loss, 5, split, config, ignore)
+    assert first.train_loss == second.train_loss
+    assert first.correct.tolist() == second.correct.tolist()
+    for name, value in first_state["model"].items():
+        assert torch.equal(value, second_state["model"][name])
+
+
+def test_losses_of_a_seed_are_paired():
+    """With tau = 0 logit adjustment is cross-entropy: same weights and batches, same model."""
+    config = TrainConfig(epochs=3, seeds=1, tau=0.0)
+    (ce, _), (la, _) = run_all(config, ignore)
+    np.testing.assert_allclose(ce.train_loss, la.train_loss, rtol=1e-5)
+    assert ce.correct.tolist() == la.correct.tolist()
+
+
+def test_global_random_state_is_left_alone():
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    list(run_all(TrainConfig(epochs=1, seeds=1), ignore))
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.array_equal(np.random.get_state()[1], before[1])  # noqa: NPY002
+
+
+def test_long_tailed_profile():
+    assert long_tailed_counts(40).tolist() == [80, 53, 35, 23, 15, 10, 6, 4, 3, 2]
+    assert long_tailed_counts(1).tolist() == [80] * 10
+    assert long_tailed_counts(80)[-1] == 1
+    for imbalance in (0.5, 81, math.nan):
+        with pytest.raises(ValueError, match="expected imbalance from 1 to 80"):
+            long_tailed_counts(imbalance)
+
+
+def test_split():
+    split, other = digits_long_tailed(0, 40), digits_long_tailed(1, 40)
+    counts = classfair.class_counts(split.train_y, 10)
+    assert sorted(counts.tolist()) == [2, 3, 4, 6, 10, 15, 23, 35, 53, 80]
+    assert counts.tolist() != classfair.class_counts(other.train_y, 10).tolist()
+    tested = classfair.class_counts(split.test_y, 10)
+    assert 87 <= tested.min() <= tested.max() <= 92
+    torch.testing.assert_close(split.train_x.mean(0), torch.zeros(64), atol=1e-5, rtol=0)
+    # No image is on both sides.
+    both = torch.cat([split.train_x, split.test_x]).unique(dim=0)
+    assert len(both) == len(split.train_x) + len(split.test_x)
+
+
+def test_model_has_the_initial_distribution_of_linear():
+    model = mlp((64, 64, 32, 10), torch.Generator().manual_seed(0))
+    for linear, inputs in ((model[0], 64), (model[2], 64), (model[4], 32)):
+        weight = linear.weight.detach()
+        bound = inputs**-0.5
+        assert 0.9 * bound < weight.abs().max() <= bound
+        assert weight.std() == pytest.approx(bound / math.sqrt(3), rel=0.1)
+    assert model(torch.zeros(2, 64)).shape == (2, 10)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": 0}, "expected epochs of at least 1, got 0"),
+        ({"batch_size": 0}, "expected batch_size of at least 1, got 0"),
+        ({"lr": 0.0}, "expected lr greater than 0, got 0.0"),
+        ({"lr": math.nan}, "expected lr greater than 0, got nan"),
+        ({"tau": math.inf}, "expected tau of at least 0, got inf"),
+        ({"momentum": 1.0}, "expected momentum from 0 up to but excluding 1, got 1.0"),
+        ({"weight_decay": -1.0}, "expected weight_decay of at least 0, got -1.0"),
+        ({"seed": -1}, r"expected seed from 0 up to 2\*\*32 - seeds, got -1"),
+        ({"seeds": 0}, "expected seeds of at least 1, got 0"),
+        ({"imbalance": 0.5}, "expected imbalance from 1 to 80 .*, got 0.5"),
+        ({"imbalance": 81.0}, "expected imbalance from 1 to 80 .*, got 81.0"),
+        ({"few_shot": 26}, r"expected few_shot from 0 to many_shot \(25\), got 26"),
+        ({"loss": ()}, "expected loss to be one or several of ce, la, got none"),
+        ({"loss": ("ce", "mse")}, "expected loss to be one or several of ce, la, got ce mse"),
+        ({"data": "mnist"}, "expected data to be digits, got mnist"),
+    ],
+)
+def test_bad_configuration(changes, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        TrainConfig(**changes)
+
+
+def test_device():
+    assert resolve_device("cpu") == torch.device("cpu")
+    with pytest.raises(ValueError, match="expected device to be cpu"):
+        resolve_device("toaster")
+    with pytest.raises(DeviceUnavailableError, match="got cuda:99"):
+        resolve_device("cuda:99")
+
+
+def test_write_is_all_or_nothing(tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path / "run")
+    folder.write("a", b"old")
+
+    def full_disk(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        folder.write("a", b"new and longer")
+    assert [path.name for path in folder.path.iterdir()] == ["a"]
+    assert (folder.path / "a").read_bytes() == b"old"
+
+
+def test_failed_job_removes_the_folders_it_made_and_nothing_else(tmp_path):
+    (tmp_path / "mine").mkdir()
+    folder = RunFolder(tmp_path / "mine" / "new" / "run")
+
+    def fail():
+        with folder:
+            folder.write("config.json", b"{}")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert list(tmp_path.rglob("*")) == [tmp_path / "mine"]
