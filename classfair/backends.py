@@ -21,7 +21,7 @@ import torch
 BACKENDS = ("native", "triton", "reference")
 PRIMITIVES = {"softmax_loss": "softmax_loss_fwd", "label_index": "label_index"}
 
-#: Why a compiled module could not be imported, by module name.
+#: Why a module with kernels could not be imported, by module name.
 load_errors: dict[str, str] = {}
 
 # (primitive, device type) -> back-ends that serve it; filled once by discover().
@@ -37,6 +37,15 @@ def _load(module: str) -> None:
         load_errors[module] = f"built, but its import failed: {error}"
 
 
+def _load_kernels() -> None:
+    try:
+        importlib.import_module("classfair.kernels")
+    except ModuleNotFoundError as error:
+        load_errors["kernels"] = f"{error.name} is not installed"
+    except Exception as error:  # a broken Triton fails in its own ways
+        load_errors["kernels"] = f"its import failed: {error}"
+
+
 def load_compiled() -> None:
     """Import the compiled modules, which register their kernels; remember why one is missing."""
     _load("_C")
@@ -44,6 +53,7 @@ def load_compiled() -> None:
         load_errors["_cuda"] = "this torch is a CPU-only build"
     else:
         _load("_cuda")
+    _load_kernels()
     if "_C" in load_errors:
         checkout = (Path(__file__).parents[1] / "pyproject.toml").exists()
         how = "run `pip install -e .` in the checkout" if checkout else "reinstall with a C++ compiler"
@@ -97,6 +107,11 @@ def why_missing(primitive: str, device_type: str, backend: str) -> str:
         module = "_C" if device_type == "cpu" else "_cuda"
         if module in load_errors:
             return f"classfair.{module}: {load_errors[module]}"
+    if backend == "triton":
+        if "kernels" in load_errors:
+            return f"classfair.kernels: {load_errors['kernels']}"
+        if device_type == "cpu":
+            return "needs CUDA"
     return f"no {device_type} kernel for {primitive}"
 
 

@@ -4,6 +4,8 @@ import doctest
 import importlib
 import inspect
 import pkgutil
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,3 +34,20 @@ def test_public_names_have_a_docstring_with_an_example(name):
     assert len(documentation) > 60
     if name != "JointRows":  # part of BatchStats, which has one
         assert ">>>" in documentation
+
+
+ROOT = Path(__file__).parents[1]
+BLOCKS = [
+    pytest.param(block, id=f"{path.name}-{i}")
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    for i, block in enumerate(re.findall(r"^```python\n(.*?)^```", path.read_text(), re.M | re.S))
+]
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_code_in_the_documents_runs(block):
+    exec(compile(block, "<document>", "exec"), {})
+
+
+def test_there_is_code_in_the_readme():
+    assert len(BLOCKS) >= 2

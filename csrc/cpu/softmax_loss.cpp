@@ -1,5 +1,5 @@
 // softmax_loss on the CPU: the two ops, their checks and their fixed-order reductions. The row code is in
-// softmax_loss_rows.h, compiled once per instruction set.
+// softmax_loss_{columns,forward,backward}.h, compiled once per instruction set.
 #include "cpu/softmax_loss.h"
 
 #include <algorithm>
@@ -12,55 +12,12 @@
 
 #include "cpu/isa.h"
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
-#define CLASSFAIR_ISA baseline
-#define CLASSFAIR_VECTOR_BYTES 16
-#include "cpu/simd.h"
-#include "cpu/softmax_loss_rows.h"
-#undef CLASSFAIR_ISA
-#undef CLASSFAIR_VECTOR_BYTES
-
-#if defined(__x86_64__)
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#define CLASSFAIR_ISA avx2
-#define CLASSFAIR_VECTOR_BYTES 32
-#include "cpu/simd.h"
-#include "cpu/softmax_loss_rows.h"
-#undef CLASSFAIR_ISA
-#undef CLASSFAIR_VECTOR_BYTES
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
-#define CLASSFAIR_ISA avx512
-#define CLASSFAIR_VECTOR_BYTES 64
-#include "cpu/simd.h"
-#include "cpu/softmax_loss_rows.h"
-#undef CLASSFAIR_ISA
-#undef CLASSFAIR_VECTOR_BYTES
-#pragma GCC pop_options
-#endif
-
 namespace classfair {
 
 namespace {
 
 using torch::stable::empty_like;
 using torch::stable::parallel_for;
-
-// Calls call(isa) with the namespace of the selected instruction set as a tag.
-#if defined(__x86_64__)
-#define CLASSFAIR_CALL(function, ...)                  \
-  (isa == Isa::kAvx512 ? avx512::function(__VA_ARGS__) \
-   : isa == Isa::kAvx2 ? avx2::function(__VA_ARGS__)   \
-                       : baseline::function(__VA_ARGS__))
-#else
-#define CLASSFAIR_CALL(function, ...) baseline::function(__VA_ARGS__)
-#endif
 
 template <class A>
 A* data(const Tensor& t) {
@@ -81,6 +38,15 @@ Tensor zeros(const Tensor& like, const std::array<int64_t, kDims>& sizes, Scalar
 }
 
 int64_t row_count(const Tensor& logits) { return logits.size(0) * (logits.dim() == 3 ? logits.size(2) : 1); }
+
+template <class T>
+RowKernels<T> row_kernels() {
+#if defined(__x86_64__)
+  if (selected_isa() == Isa::kAvx512) return avx512::row_kernels<T>();
+  if (selected_isa() == Isa::kAvx2) return avx2::row_kernels<T>();
+#endif
+  return baseline::row_kernels<T>();
+}
 
 // The scalars and tensors that both passes take.
 struct Arguments {
@@ -205,9 +171,9 @@ void fill_joint(Forward<T>& f) {
   const auto order = sort_rows(f.in.rows, f.in.cells, &start, [&](int64_t i) { return resolve(f.in, i).cell; });
   f.in.order = order.data();
   f.cell_start = start.data();
-  const Isa isa = selected_isa();
+  const RowKernels<T> kernels = row_kernels<T>();
   parallel_for(0, f.in.cells, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t cell = begin; cell < end; ++cell) CLASSFAIR_CALL(joint_cell, f, cell);
+    for (int64_t cell = begin; cell < end; ++cell) kernels.joint_cell(f, cell);
   });
 }
 
@@ -247,9 +213,9 @@ ForwardResult forward(const Arguments& a) {
   f.joint = data<A>(joint_rows);
 
   const A weights = weight_sum(in);
-  const Isa isa = selected_isa();
+  const RowKernels<T> kernels = row_kernels<T>();
   parallel_for(0, in.chunks(), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t chunk = begin; chunk < end; ++chunk) CLASSFAIR_CALL(forward_chunk, f, chunk, weights);
+    for (int64_t chunk = begin; chunk < end; ++chunk) kernels.forward_chunk(f, chunk, weights);
   });
   for (int64_t row : chunk_bad)
     if (row >= 0) throw_bad_row(in, row);
@@ -307,9 +273,9 @@ BackwardResult backward(const Upstream& up, const Arguments& a, const Tensor& ls
   b.row_margin = want_margin ? row_margin.data() : nullptr;
 
   const A weights = weight_sum(in);
-  const Isa isa = selected_isa();
+  const RowKernels<T> kernels = row_kernels<T>();
   parallel_for(0, in.chunks(), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t chunk = begin; chunk < end; ++chunk) CLASSFAIR_CALL(backward_chunk, b, chunk, weights);
+    for (int64_t chunk = begin; chunk < end; ++chunk) kernels.backward_chunk(b, chunk, weights);
   });
   if (want_offset) sum_chunks(partial.data(), in.chunks(), in.C, data<A>(grad_offset));
   for (int64_t k = 0; want_pair && k < in.chunks(); ++k)

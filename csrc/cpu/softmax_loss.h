@@ -125,6 +125,26 @@ struct Backward {
   bool statistics() const { return grad_mass != nullptr || grad_hit != nullptr || grad_joint != nullptr; }
 };
 
+// The row code of one instruction set.
+template <class T>
+struct RowKernels {
+  void (*forward_chunk)(const Forward<T>&, int64_t chunk, acc_t<T> weight_sum);
+  void (*joint_cell)(const Forward<T>&, int64_t cell);
+  void (*backward_chunk)(const Backward<T>&, int64_t chunk, acc_t<T> weight_sum);
+};
+namespace baseline {
+template <class T>
+RowKernels<T> row_kernels();
+}
+namespace avx2 {
+template <class T>
+RowKernels<T> row_kernels();
+}
+namespace avx512 {
+template <class T>
+RowKernels<T> row_kernels();
+}
+
 // Working memory of one thread, kept between calls: fresh pages would cost more than the rows they serve.
 template <class A, int kUse = 0>
 A* scratch(int64_t size) {

@@ -1,0 +1,174 @@
+// Forward of softmax_loss: one row, one chunk of rows, one cell of the joint rows.
+// Included once per instruction set, after simd.h (see there).
+
+namespace classfair {
+namespace CLASSFAIR_ISA {
+
+// sum_c t_c (lse - x_c) over dense targets t = w ((1-e) soft + e/C), with 0 * inf = 0.
+template <class T, class E, class A = acc_t<T>>
+A dense_loss(const Inputs<T>& in, const A* soft, const E* x, A m, A log_sum) {
+  A loss = 0;
+  for (int64_t c = 0; c < in.C; ++c) {
+    const A t = (in.weight ? in.weight[c] : A(1)) * ((A(1) - in.smoothing) * soft[c] + in.smoothing / A(in.C));
+    if (t != A(0)) loss += t * (log_sum - (static_cast<A>(x[c]) - m));
+  }
+  return loss;
+}
+
+// Log-sum-exp of one row, in the two parts that keep it exact.
+template <class A>
+struct LogSum {
+  A max, log;
+  bool dead;  // every logit is -inf
+  double total() const { return static_cast<double>(max) + static_cast<double>(log); }
+};
+
+template <bool kKeep, bool kLinear, class E, class A = acc_t<E>>
+LogSum<A> log_sum(const E* x, int64_t C, A* e, const A* w, A* linear, A* sum_out) {
+  const A m = row_max(x, C);
+  if (m == -std::numeric_limits<A>::infinity()) {
+    bool nan = false;
+    for (int64_t c = 0; c < C; ++c) nan |= std::isnan(static_cast<A>(x[c]));
+    const A log = nan ? std::numeric_limits<A>::quiet_NaN() : A(0);
+    return {m, log, !nan};
+  }
+  const A sum = exp_sum<kKeep, kLinear>(x, C, m, e, w, linear);
+  if (sum_out) *sum_out = sum;
+  return {m, std::log(sum), false};
+}
+
+template <class T, class E, class A = acc_t<T>>
+A hard_loss(const Inputs<T>& in, const Row<A>& row, const E* x, const LogSum<A>& lse, A linear, A weight_sum) {
+  A loss = 0;
+  const auto add = [&](int64_t y, A share) {
+    if (y < 0 || share == A(0)) return;
+    const A nll = lse.log - (static_cast<A>(x[y]) - lse.max);
+    const A w = in.weight ? in.weight[y] : A(1);
+    loss += share * (A(1) - in.smoothing) * w * focal_weight(nll, in.gamma) * nll;
+    if (in.smoothing != A(0)) loss += share * in.smoothing / A(in.C) * (weight_sum * lse.log - linear);
+  };
+  add(row.a, row.share_a);
+  add(row.b, row.share_b);
+  return loss;
+}
+
+// One row; z is contiguous. Buffers of C: x (perturbed logits), e (exponentials of the raw ones).
+template <class T, class A = acc_t<T>>
+void forward_row(const Forward<T>& f, int64_t i, const Row<A>& row, const T* z, const A* soft, A weight_sum, A* mass,
+                 A* x, A* e) {
+  const Inputs<T>& in = f.in;
+  constexpr A kInf = std::numeric_limits<A>::infinity();
+  const bool perturbed = in.perturbed(), smooth = in.smoothing != A(0) && !soft;
+  A linear = 0, sum_raw = 1;
+  LogSum<A> lse, raw;
+  const auto finish = [&](const auto* logits) {
+    f.lse[i] = lse.total();
+    if (lse.dead)
+      f.loss[i] = kInf;
+    else
+      f.loss[i] =
+          soft ? dense_loss(in, soft, logits, lse.max, lse.log) : hard_loss(in, row, logits, lse, linear, weight_sum);
+  };
+  if (perturbed) {
+    perturb(z, in.offset, row.slot >= 0 ? in.pair + row.slot * in.C : nullptr, in.C, x);
+    if (in.margin && row.a >= 0) x[row.a] -= in.margin[row.a];
+    lse = smooth ? log_sum<false, true>(x, in.C, e, in.weight, &linear, static_cast<A*>(nullptr))
+                 : log_sum<false, false>(x, in.C, e, in.weight, &linear, static_cast<A*>(nullptr));
+    finish(x);
+    if (in.stats) raw = log_sum<true, false>(z, in.C, e, in.weight, &linear, &sum_raw);
+    if (f.lse_raw) f.lse_raw[i] = raw.total();
+  } else {
+    if (in.stats)
+      lse = smooth ? log_sum<true, true>(z, in.C, e, in.weight, &linear, &sum_raw)
+                   : log_sum<true, false>(z, in.C, e, in.weight, &linear, &sum_raw);
+    else
+      lse = smooth ? log_sum<false, true>(z, in.C, e, in.weight, &linear, &sum_raw)
+                   : log_sum<false, false>(z, in.C, e, in.weight, &linear, &sum_raw);
+    finish(z);
+    raw = lse;
+  }
+  if (!in.stats) return;
+  const bool finite = std::isfinite(raw.total());
+  f.prediction[i] = first_max(z, in.C, raw.max, finite);
+  RowStatistics<A>& s = f.row_statistics[i];
+  s = {A(0), A(0), finite && row.label >= 0 && row.group >= 0, !finite};
+  if (!s.counted) return;
+  const A scale = A(1) / sum_raw;
+  s.p_a = row.a >= 0 ? e[row.a] * scale : A(0);
+  s.p_b = row.b >= 0 ? e[row.b] * scale : A(0);
+  if (in.soft.data) s.p_a = e[row.label] * scale;
+  accumulate(e, scale, in.C, mass + row.group * in.C);
+}
+
+// A row that is not in the loss: only its prediction is given.
+template <class T, class A = acc_t<T>>
+void skip_row(const Forward<T>& f, int64_t i, LabelKind kind, const T* z) {
+  f.loss[i] = kind == LabelKind::kIgnored ? A(0) : std::numeric_limits<A>::quiet_NaN();
+  f.lse[i] = 0;
+  if (f.lse_raw) f.lse_raw[i] = 0;
+  if (!f.in.stats) return;
+  const A m = row_max(z, f.in.C);
+  f.prediction[i] = first_max(z, f.in.C, m, false);
+  f.row_statistics[i] = {A(0), A(0), false, false};
+}
+
+template <class T>
+void forward_chunk(const Forward<T>& f, int64_t chunk, acc_t<T> weight_sum) {
+  using A = acc_t<T>;
+  const Inputs<T>& in = f.in;
+  A* x = scratch<A>((2 + kTile) * in.C);
+  A* e = x + in.C;
+  const TileReader<T> logits{in.logits, in.C, in.logits.contiguous() ? nullptr : scratch_tile<T>(kTile * in.C)};
+  const TileReader<A> soft{in.soft, in.C, e + in.C};
+  A* mass = f.partial_mass ? f.partial_mass + chunk * in.G * in.C : nullptr;
+  if (mass) std::fill(mass, mass + in.G * in.C, A(0));
+  double weight = 0;
+  f.chunk_bad[chunk] = -1;
+  const int64_t end = std::min((chunk + 1) * in.chunk_rows, in.rows);
+  int64_t rows[kTile];
+  for (int64_t begin = chunk * in.chunk_rows; begin < end; begin += kTile) {
+    const int64_t count = tile_rows(in, begin, end, rows);
+    logits.prepare(rows, count);
+    if (in.soft.data) soft.prepare(rows, count);
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t i = rows[r];
+      const Row<A> row = resolve(in, i);
+      if (row.kind != LabelKind::kValid) {
+        if (row.kind == LabelKind::kInvalid && f.chunk_bad[chunk] < 0) f.chunk_bad[chunk] = i;
+        skip_row(f, i, row.kind, logits.row(i, r));
+        continue;
+      }
+      weight += in.soft.data ? 1.0 : 0.0;
+      if (row.a >= 0) weight += row.share_a * (in.weight ? in.weight[row.a] : A(1));
+      if (row.b >= 0) weight += row.share_b * (in.weight ? in.weight[row.b] : A(1));
+      forward_row(f, i, row, logits.row(i, r), in.soft.data ? soft.row(i, r) : nullptr, weight_sum, mass, x, e);
+    }
+  }
+  f.chunk_weight[chunk] = weight;
+}
+
+// joint[cell] = sum of p over the rows of a cell; rows of a cell are neighbours in in.order.
+template <class T>
+void joint_cell(const Forward<T>& f, int64_t cell) {
+  using A = acc_t<T>;
+  const Inputs<T>& in = f.in;
+  A* sum = f.joint + cell * in.C;
+  A* e = scratch<A>((2 + kTile) * in.C);
+  std::fill(sum, sum + in.C, A(0));
+  const TileReader<T> logits{in.logits, in.C, in.logits.contiguous() ? nullptr : scratch_tile<T>(kTile * in.C)};
+  for (int64_t position = f.cell_start[cell]; position < f.cell_start[cell + 1]; ++position) {
+    const int64_t i = in.visited(position);
+    if (!f.row_statistics[i].counted) continue;
+    logits.prepare(&i, 1);
+    const double lse = f.lse_raw ? f.lse_raw[i] : f.lse[i];
+    const A high = static_cast<A>(lse), low = static_cast<A>(lse - high);
+    const T* z = logits.row(i, 0);
+    for_columns<A>(
+        in.C, [&](int64_t c) { store(e + c, exp((load(z + c) - high) - low)); },
+        [&](int64_t c, int64_t n) { store_some(e + c, exp((load_some(z + c, n, A(0)) - high) - low), n); });
+    accumulate(e, A(1), in.C, sum);
+  }
+}
+
+}  // namespace CLASSFAIR_ISA
+}  // namespace classfair
