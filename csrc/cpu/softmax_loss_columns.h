@@ -56,21 +56,37 @@ A exp_sum(const E* x, int64_t C, A m, A* e, const A* w, A* linear) {
   return sum_lanes<A>(sum);
 }
 
-// x = z + offset + pair; either may be null.
+template <class A>
+struct Maxima {
+  A x, z;
+};
+
+// x = z + offset + pair, either of which may be null, and both maxima in the same loop.
 template <class E, class A = acc_t<E>>
-void perturb(const E* z, const A* offset, const A* pair, int64_t C, A* x) {
+Maxima<A> perturb(const E* z, const A* offset, const A* pair, int64_t C, A* x) {
+  constexpr A kNone = -std::numeric_limits<A>::infinity();
+  Vec<A> max_x = splat(kNone), max_z = max_x;
   for_columns<A>(
       C,
       [&](int64_t c) {
-        Vec<A> v = load(z + c);
+        const Vec<A> raw = load(z + c);
+        Vec<A> v = raw;
         if (offset) v += load(offset + c);
         if (pair) v += load(pair + c);
         store(x + c, v);
+        max_x = max(max_x, v);
+        max_z = max(max_z, raw);
       },
       [&](int64_t c, int64_t n) {
-        for (int64_t i = c; i < c + n; ++i)
-          x[i] = static_cast<A>(z[i]) + (offset ? offset[i] : A(0)) + (pair ? pair[i] : A(0));
+        const Vec<A> raw = load_some(z + c, n, kNone);
+        Vec<A> v = raw;
+        if (offset) v += load_some(offset + c, n, A(0));
+        if (pair) v += load_some(pair + c, n, A(0));
+        store_some(x + c, v, n);
+        max_x = max(max_x, v);
+        max_z = max(max_z, raw);
       });
+  return {max_lanes<A>(max_x), max_lanes<A>(max_z)};
 }
 
 // sum += scale * e

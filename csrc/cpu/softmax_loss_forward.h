@@ -23,18 +23,17 @@ struct LogSum {
   double total() const { return static_cast<double>(max) + static_cast<double>(log); }
 };
 
+// e, w and linear as in exp_sum; sum, where not null, receives the sum of exponentials.
 template <bool kKeep, bool kLinear, class E, class A = acc_t<E>>
-LogSum<A> log_sum(const E* x, int64_t C, A* e, const A* w, A* linear, A* sum_out) {
-  const A m = row_max(x, C);
-  if (m == -std::numeric_limits<A>::infinity()) {
+LogSum<A> log_sum(const E* x, int64_t C, A max, A* e, const A* w, A* linear, A* sum) {
+  if (max == -std::numeric_limits<A>::infinity()) {
     bool nan = false;
     for (int64_t c = 0; c < C; ++c) nan |= std::isnan(static_cast<A>(x[c]));
-    const A log = nan ? std::numeric_limits<A>::quiet_NaN() : A(0);
-    return {m, log, !nan};
+    return {max, nan ? std::numeric_limits<A>::quiet_NaN() : A(0), !nan};
   }
-  const A sum = exp_sum<kKeep, kLinear>(x, C, m, e, w, linear);
-  if (sum_out) *sum_out = sum;
-  return {m, std::log(sum), false};
+  const A total = exp_sum<kKeep, kLinear>(x, C, max, e, w, linear);
+  if (sum) *sum = total;
+  return {max, std::log(total), false};
 }
 
 template <class T, class E, class A = acc_t<T>>
@@ -69,21 +68,26 @@ void forward_row(const Forward<T>& f, int64_t i, const Row<A>& row, const T* z, 
       f.loss[i] =
           soft ? dense_loss(in, soft, logits, lse.max, lse.log) : hard_loss(in, row, logits, lse, linear, weight_sum);
   };
+  A* const none = nullptr;
   if (perturbed) {
-    perturb(z, in.offset, row.slot >= 0 ? in.pair + row.slot * in.C : nullptr, in.C, x);
-    if (in.margin && row.a >= 0) x[row.a] -= in.margin[row.a];
-    lse = smooth ? log_sum<false, true>(x, in.C, e, in.weight, &linear, static_cast<A*>(nullptr))
-                 : log_sum<false, false>(x, in.C, e, in.weight, &linear, static_cast<A*>(nullptr));
+    Maxima<A> max = perturb(z, in.offset, row.slot >= 0 ? in.pair + row.slot * in.C : nullptr, in.C, x);
+    if (in.margin && row.a >= 0) {
+      x[row.a] -= in.margin[row.a];
+      max.x = row_max(x, in.C);
+    }
+    lse = smooth ? log_sum<false, true>(x, in.C, max.x, none, in.weight, &linear, none)
+                 : log_sum<false, false>(x, in.C, max.x, none, in.weight, none, none);
     finish(x);
-    if (in.stats) raw = log_sum<true, false>(z, in.C, e, in.weight, &linear, &sum_raw);
+    if (in.stats) raw = log_sum<true, false>(z, in.C, max.z, e, in.weight, none, &sum_raw);
     if (f.lse_raw) f.lse_raw[i] = raw.total();
   } else {
+    const A max = row_max(z, in.C);
     if (in.stats)
-      lse = smooth ? log_sum<true, true>(z, in.C, e, in.weight, &linear, &sum_raw)
-                   : log_sum<true, false>(z, in.C, e, in.weight, &linear, &sum_raw);
+      lse = smooth ? log_sum<true, true>(z, in.C, max, e, in.weight, &linear, &sum_raw)
+                   : log_sum<true, false>(z, in.C, max, e, in.weight, none, &sum_raw);
     else
-      lse = smooth ? log_sum<false, true>(z, in.C, e, in.weight, &linear, &sum_raw)
-                   : log_sum<false, false>(z, in.C, e, in.weight, &linear, &sum_raw);
+      lse = smooth ? log_sum<false, true>(z, in.C, max, none, in.weight, &linear, none)
+                   : log_sum<false, false>(z, in.C, max, none, in.weight, none, none);
     finish(z);
     raw = lse;
   }
