@@ -4,10 +4,12 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 # Packages for the build itself: the editable install uses the environment's torch instead of fetching a second one.
 BUILD := "setuptools>=77" "torch>=2.10" ninja "pybind11>=2.13" numpy
+GPU_VENV ?= .venv-gpu
+SANITIZED := plain-3x31 or plain-3x1025 or all-many-rows or mixed-all or dense-all or strided-3d
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*) setup.py pyproject.toml
 CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*)
 
-.PHONY: help train test test-slow lint format bench bench-check doctor clean
+.PHONY: help train test test-slow test-gpu lint format bench bench-check bench-gpu sanitize cuda-release doctor clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -46,6 +48,28 @@ bench: $(VENV)/.installed  ## time every back-end beside torch, write benchmarks
 
 bench-check: $(VENV)/.installed  ## compare this machine's ratios to torch with the committed ones
 	$(BIN)/python -m benchmarks.check $(ARGS)
+
+# GPU targets need no network: they use the torch, triton, ninja, pybind11 and pytest that $(PYTHON) already has.
+$(GPU_VENV)/.installed: $(SOURCES)
+	$(PYTHON) -m venv --system-site-packages --without-pip $(GPU_VENV)
+	CLASSFAIR_CUDA=1 $(PYTHON) -m pip --python $(GPU_VENV)/bin/python install -q --no-index --no-deps --no-build-isolation -e .
+	touch $@
+
+test-gpu: $(GPU_VENV)/.installed  ## on a machine with a GPU: conformance of both GPU back-ends
+	$(GPU_VENV)/bin/python -m pytest tests/test_conformance.py tests/test_gpu.py tests/test_torch_stack.py -m "not slow" -k cuda $(ARGS)
+
+bench-gpu: $(GPU_VENV)/.installed  ## on a machine with a GPU: time both GPU back-ends beside torch
+	$(GPU_VENV)/bin/python -m benchmarks.run --device cuda $(ARGS)
+
+# One small case of every kernel; the sanitizers slow a kernel down a hundredfold.
+sanitize: $(GPU_VENV)/.installed  ## on a machine with a GPU: compute-sanitizer's four tools
+	for tool in memcheck racecheck initcheck synccheck; do \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 $(GPU_VENV)/bin/python -m pytest \
+	    tests/test_conformance.py -k "test_values_and_gradients and native-cuda-float32 and ($(SANITIZED))" || exit 1; \
+	done
+
+cuda-release: $(VENV)/.installed  ## compile the CUDA kernels for every released architecture, warnings as errors
+	$(BIN)/python csrc/cuda/release.py
 
 doctor: $(VENV)/.installed  ## show versions and back-ends, and test them
 	$(BIN)/classfair doctor

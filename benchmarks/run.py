@@ -12,7 +12,7 @@ from .workloads import CASES, WORKLOADS
 _RESULTS = Path(__file__).parent / "results"
 
 #: Time for the rounds of a case; gates and compilation come on top.
-SECONDS, QUICK_SECONDS = 8.0, 0.5
+SECONDS, QUICK_SECONDS = 3.0, 0.5
 
 
 def measure(device: str, quick: bool) -> dict[str, Any]:
