@@ -10,6 +10,9 @@ from torch import Tensor
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+REDUCTIONS = ("none", "mean", "sum")
+
+
 def acc_dtype(logits: Tensor) -> torch.dtype:
     """Dtype of sums and statistics: float32, or float64 for float64 inputs."""
     return torch.float64 if logits.dtype == torch.float64 else torch.float32

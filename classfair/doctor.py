@@ -49,6 +49,7 @@ def _test_softmax_loss(backend: str, device: str) -> None:
     def compute(name: str, where: str, dtype: torch.dtype) -> list[torch.Tensor]:
         z = logits.to(where, dtype).requires_grad_()
         out = softmax_loss(z, target=target.to(where), offset=offset.to(where, dtype), stats=2, backend=name)
+        assert out.mass is not None
         (gradient,) = torch.autograd.grad(out.loss.sum() + out.mass.square().sum(), z)
         return [t.cpu().double() for t in (out.loss.detach(), out.mass.detach(), gradient)]
 

@@ -49,7 +49,8 @@ def _target_arguments(
     check.check_device(function, "target", target, logits.device)
     if not target.is_floating_point():
         check.check_labels_tensor(function, "target", target, rows_shape)
-        return {"target": target.reshape(-1)}, None
+        flat_target = target if target.dim() == 1 and target.is_contiguous() else target.reshape(-1).contiguous()
+        return {"target": flat_target}, None
     check.check_floats(function, "target (probabilities)", target, logits.shape)
     arguments: dict[str, Any] = {"soft_target": target.detach().to(check.acc_dtype(logits))}
     if label is not None:
@@ -76,10 +77,8 @@ def _mix(function: str, logits: Tensor, lam: Any, rows_shape: torch.Size) -> Ten
     return torch.full((math.prod(rows_shape),), lam, dtype=check.acc_dtype(logits), device=logits.device)
 
 
-def _vector(function: str, name: str, value: Tensor | None, logits: Tensor) -> Tensor | None:
+def _vector(function: str, name: str, value: Tensor, logits: Tensor) -> Tensor:
     """A (C,) input in the accumulate dtype; torch records the cast, so its gradient comes back right."""
-    if value is None:
-        return None
     num_classes = logits.shape[1]
     check.check_floats(function, name, value, (num_classes,))
     check.check_device(function, name, value, logits.device)
@@ -113,9 +112,11 @@ def _prepare(
     label: Tensor | None = None,
 ) -> _Problem:
     check.check_logits(function, logits)
-    check.check_choice(function, "reduction", reduction, ("none", "mean", "sum"))
-    check.check_range(function, "label_smoothing", label_smoothing, 0.0, 1.0)
-    check.check_range(function, "gamma", gamma, 0.0)
+    check.check_choice(function, "reduction", reduction, check.REDUCTIONS)
+    if label_smoothing:
+        check.check_range(function, "label_smoothing", label_smoothing, 0.0, 1.0)
+    if gamma:
+        check.check_range(function, "gamma", gamma, 0.0)
     if logits.dim() == 1:  # one sample, as torch allows
         rows_shape = torch.Size()
         if isinstance(target, Tensor) and target.is_floating_point():
@@ -138,16 +139,17 @@ def _prepare(
         raise ValueError(
             f"{function}: expected hard labels with ignore_index >= 0, got probabilities, which have no index to ignore"
         )
-    arguments |= {
-        "offset": _vector(function, "offset", offset, logits),
-        "margin": _vector(function, "margin", margin, logits),
-        "weight": _vector(function, "weight", weight, logits),
-        "label_smoothing": float(label_smoothing),
-        "gamma": float(gamma),
-        "ignore_index": ignore_index,
-    }
-    if weight is not None and weight.requires_grad:
-        raise ValueError(f"{function}: expected weight without gradient, got requires_grad=True")
+    arguments["label_smoothing"] = float(label_smoothing)
+    arguments["gamma"] = float(gamma)
+    arguments["ignore_index"] = ignore_index
+    if offset is not None:
+        arguments["offset"] = _vector(function, "offset", offset, logits)
+    if margin is not None:
+        arguments["margin"] = _vector(function, "margin", margin, logits)
+    if weight is not None:
+        arguments["weight"] = _vector(function, "weight", weight, logits)
+        if weight.requires_grad:
+            raise ValueError(f"{function}: expected weight without gradient, got requires_grad=True")
     if pair is not None:
         arguments |= _pair_arguments(function, pair, logits, math.prod(rows_shape))
     if logits.dim() > 3:
@@ -177,7 +179,7 @@ def _run(problem: _Problem, backend: str) -> SoftmaxLoss:
     second = softmax_loss(problem.logits, target=minor, mix=1 - share, **common, backend=backend)
     return first._replace(
         loss=first.loss + second.loss,
-        hit=first.hit + second.hit,
+        hit=None if first.hit is None or second.hit is None else first.hit + second.hit,
         total_weight=first.total_weight + second.total_weight,
     )
 
@@ -202,10 +204,10 @@ def _soft_target_term(problem: _Problem, target: Tensor) -> Tensor:
     """Zero, with the gradient of the loss in its probability targets: the loss is linear in them."""
     arguments = problem.arguments
     logits = problem.logits.to(check.acc_dtype(problem.logits))
-    if arguments["offset"] is not None:
+    if "offset" in arguments:
         logits = logits + arguments["offset"].view(-1, *(1,) * (logits.dim() - 2))
     nll = -logits.log_softmax(1)
-    if arguments["weight"] is not None:
+    if "weight" in arguments:
         nll = nll * arguments["weight"].view(-1, *(1,) * (logits.dim() - 2))
     target = target.reshape(logits.shape)
     change = (target - target.detach()) * nll * (1 - arguments["label_smoothing"])
@@ -383,7 +385,7 @@ def cross_entropy_with_stats(
     out = _run(problem, backend)
     stats = _batch_stats(out, groups, problem)
     if index is not None:
-        stats = replace(stats, joint=JointRows(out.joint, index.key_of_slot, index.num_slots))
+        stats = replace(stats, joint=JointRows(_given(out.joint), index.key_of_slot, index.num_slots))
     if confusion:
         stats = replace(stats, confusion=_confusion(problem, out, counted_label, groups))
     return _reduce(problem, out, target, reduction), stats
@@ -426,29 +428,38 @@ def _check_statistics(
 
 
 def _batch_stats(out: SoftmaxLoss, groups: int, problem: _Problem) -> BatchStats:
-    counts = out.counts[:-2].view(3, groups, problem.logits.shape[1])
+    cells = groups * problem.logits.shape[1]
+    *tables, invalid, nonfinite = _given(out.counts).split_with_sizes([cells, cells, cells, 1, 1])
+    count, correct, predicted = (t.view(groups, -1) for t in tables)
     return BatchStats(
-        mass=out.mass,
-        hit=out.hit,
-        count=counts[0],
-        correct=counts[1],
-        predicted=counts[2],
-        prediction=out.prediction.view(problem.rows_shape),
-        invalid=out.counts[-2],
-        nonfinite=out.counts[-1],
+        mass=_given(out.mass),
+        hit=_given(out.hit),
+        count=count,
+        correct=correct,
+        predicted=predicted,
+        prediction=_given(out.prediction).view(problem.rows_shape),
+        invalid=invalid.view(()),
+        nonfinite=nonfinite.view(()),
     )
+
+
+def _given(statistic: Tensor | None) -> Tensor:
+    """A statistic that was asked for."""
+    assert statistic is not None
+    return statistic
 
 
 def _confusion(problem: _Problem, out: SoftmaxLoss, label: Tensor, groups: int) -> Tensor:
     """(C, C) int64, rows true: one scatter of integers, exact on every device."""
     num_classes = problem.logits.shape[1]
-    lse = out.lse_raw if out.lse_raw.numel() else out.lse
+    lse_raw = _given(out.lse_raw)
+    lse = lse_raw if lse_raw.numel() else out.lse
     counted = (label >= 0) & (label < num_classes) & (label != problem.arguments["ignore_index"])
     counted &= lse.isfinite()
     group = problem.arguments.get("group")
     if group is not None:
         counted &= (group >= 0) & (group < groups)
     spare = num_classes * num_classes  # rows that do not count land behind the matrix
-    index = torch.where(counted, label * num_classes + out.prediction, spare)
+    index = torch.where(counted, label * num_classes + _given(out.prediction), spare)
     flat = torch.zeros(spare + 1, dtype=torch.int64, device=label.device)
     return flat.scatter_add_(0, index, torch.ones_like(index))[:spare].view(num_classes, num_classes)

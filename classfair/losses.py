@@ -109,7 +109,7 @@ class CrossEntropyLoss(nn.Module):
     ) -> None:
         super().__init__()
         name = type(self).__name__
-        check.check_choice(name, "reduction", reduction, ("none", "mean", "sum"))
+        check.check_choice(name, "reduction", reduction, check.REDUCTIONS)
         check.check_range(name, "label_smoothing", label_smoothing, 0.0, 1.0)
         self.register_buffer("weight", weight)
         self.ignore_index = ignore_index

@@ -8,7 +8,7 @@ import classfair
 from classfair.ops import softmax_loss
 
 from .cases import CASES
-from .conformance import cast, run, upstream
+from .conformance import cast
 from .conftest import runnable
 
 KERNELS = [p for p in runnable("softmax_loss") if p[0] != "reference"]
@@ -53,20 +53,15 @@ def test_opcheck(case, backend, device):
     ops = getattr(torch.ops, f"classfair_{backend}")
     tensors, scalars, x = _raw_arguments(case, device)
     torch.library.opcheck(ops.softmax_loss_fwd.default, (*tensors, None, None, *scalars))
-    out, _ = run(x, backend)
-    loss, lse, mass, hit, joint = (
-        g.to(device, o.dtype)
-        for g, o in zip(upstream(out), (out.loss, out.lse, out.mass, out.hit, out.joint), strict=True)
-    )
+    out = ops.softmax_loss_fwd(*tensors, None, None, *scalars)
+    loss, lse, _, _, mass, hit, joint, _, _ = (torch.rand_like(o) if o.is_floating_point() else o for o in out)
     if not x["stats"]:
         mass = hit = None
     if x.get("cell") is None:
         joint = None
     wants = [x.get(n) is not None for n in ("offset", "margin", "pair")]
     arguments = (loss, lse, mass, hit, joint, *(t.detach() if t is not None else None for t in tensors))
-    torch.library.opcheck(
-        ops.softmax_loss_bwd.default, (*arguments, out.lse.detach(), out.lse_raw.detach(), *scalars, *wants)
-    )
+    torch.library.opcheck(ops.softmax_loss_bwd.default, (*arguments, out[1], out[2], *scalars, *wants))
 
 
 @each_kernel
