@@ -14,6 +14,7 @@ from classfair.ops.softmax_loss import (
     STATS_DIFFERENTIABLE,
     STATS_VALUES,
     SoftmaxLoss,
+    reduce_rows,
     softmax_loss,
 )
 from classfair.pair import PairTerms
@@ -160,9 +161,13 @@ def _prepare(
     return _Problem(logits, rows_shape, arguments, two_pass)
 
 
-def _run(problem: _Problem, backend: str) -> SoftmaxLoss:
+def _run(problem: _Problem, target: Any, reduction: str, backend: str) -> SoftmaxLoss:
     if problem.mixed is None:
-        return softmax_loss(problem.logits, **problem.arguments, backend=backend)
+        # Terms of single rows are still to come where probabilities receive gradient.
+        rows = isinstance(target, Tensor) and target.requires_grad
+        return softmax_loss(
+            problem.logits, **problem.arguments, reduction="none" if rows else reduction, backend=backend
+        )
     # The pair row and the margin of each label perturb the logits in their own way: a pass for each label, the larger
     # share first because it is the one that the integer statistics count.
     y_a, y_b, lam = problem.mixed
@@ -184,20 +189,14 @@ def _run(problem: _Problem, backend: str) -> SoftmaxLoss:
     )
 
 
-def _reduce(problem: _Problem, out: SoftmaxLoss, target: Any, reduction: str) -> Tensor:
+def _loss(problem: _Problem, out: SoftmaxLoss, target: Any, reduction: str) -> Tensor:
+    """The loss as the user asked for it."""
     loss = out.loss
-    if isinstance(target, Tensor) and target.requires_grad:
-        loss = loss + _soft_target_term(problem, target)
-    if reduction == "none":
-        return loss.view(problem.rows_shape)
-    total = loss.sum()
-    if reduction == "sum":
-        return total
-    weight = out.total_weight
-    if problem.arguments["label_smoothing"]:
-        # As torch, whose hard part is then 0 / 0; the smoothing term alone would give infinity.
-        weight = torch.where(weight == 0, torch.nan, weight)
-    return total / weight
+    if loss.dim() == 1:
+        if isinstance(target, Tensor) and target.requires_grad:
+            loss = loss + _soft_target_term(problem, target)
+        loss = reduce_rows(loss, out.total_weight, problem.arguments["label_smoothing"], reduction)
+    return loss.view(problem.rows_shape) if reduction == "none" else loss
 
 
 def _soft_target_term(problem: _Problem, target: Tensor) -> Tensor:
@@ -292,8 +291,8 @@ def cross_entropy(
         ignore_index,
         reduction,
     )
-    out = _run(problem, backends.choose("softmax_loss", problem.logits.device, backend))
-    return _reduce(problem, out, target, reduction)
+    out = _run(problem, target, reduction, backends.choose("softmax_loss", problem.logits.device, backend))
+    return _loss(problem, out, target, reduction)
 
 
 def cross_entropy_with_stats(
@@ -382,13 +381,13 @@ def cross_entropy_with_stats(
             backend=backend,
         )
         arguments |= {"cell": index.slot, "num_cells": index.key_of_slot.shape[0]}
-    out = _run(problem, backend)
+    out = _run(problem, target, reduction, backend)
     stats = _batch_stats(out, groups, problem)
     if index is not None:
         stats = replace(stats, joint=JointRows(_given(out.joint), index.key_of_slot, index.num_slots))
     if confusion:
         stats = replace(stats, confusion=_confusion(problem, out, counted_label, groups))
-    return _reduce(problem, out, target, reduction), stats
+    return _loss(problem, out, target, reduction), stats
 
 
 def _counted_label(arguments: dict[str, Any]) -> Tensor:  # (R,)

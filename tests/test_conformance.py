@@ -89,6 +89,25 @@ def test_gradgradcheck(case, backend, device):
 
 
 @each_backend
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize(
+    "case", [c for c in SMALL if c.id in ("all", "weight-stats", "smoothing", "ignore")], ids=lambda c: c.id
+)
+def test_reduced_in_the_same_call(case, reduction, backend, device):
+    inputs, leaves = _differentiable(case, device)
+
+    def function(*values):
+        given = {**inputs, **dict(zip(leaves, values, strict=True))}
+        return softmax_loss(**given, reduction=reduction, backend=backend).loss
+
+    rows = softmax_loss(**inputs, backend=backend)
+    expected = rows.loss.sum() / (rows.total_weight if reduction == "mean" else 1)
+    torch.testing.assert_close(function(*leaves.values()), expected, rtol=1e-13, atol=0)
+    assert torch.autograd.gradcheck(function, tuple(leaves.values()), fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, tuple(leaves.values()), fast_mode=True)
+
+
+@each_backend
 def test_third_derivative(backend, device):
     def third(name, where):
         inputs = cast(Case("third", (5, 4), ("offset", "focal"), 2).build(), torch.float64, where)
