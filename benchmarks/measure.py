@@ -34,7 +34,7 @@ MALLOC = {
 MIN_LOGITS_BYTES_FOR_PEAK = 4_000_000
 
 #: One sample of a provider lasts at least this long; a call takes 0.2 ms to 1 s.
-SAMPLE_SECONDS = 2e-3
+SAMPLE_SECONDS = 1e-2
 MIN_ROUNDS, MAX_ROUNDS = 10, 300
 
 

@@ -206,7 +206,7 @@ def _group_all_out(x: Inputs, g: torch.Generator) -> None:
 
 def _cases() -> list[Case]:
     # Below, at and above one vector, one unrolled block, one chunk of rows; real class counts.
-    sizes = [(0, 5), (1, 1), (1, 7), (2, 2), (3, 31), (3, 33), (31, 10), (32, 16), (33, 17), (129, 12)]
+    sizes = [(0, 5), (1, 1), (1, 7), (2, 2), (3, 31), (3, 33), (31, 10), (32, 16), (33, 17), (129, 12), (9, 300)]
     wide = [(5, 1000), (3, 1023), (3, 1025), (2, 8142), (2, 21841)]
     cases = [Case(f"plain-{n}x{c}", (n, c), small=n * c <= 100) for n, c in sizes + wide]
     cases += [Case(f"stats-{n}x{c}", (n, c), ("offset", "rows"), 2) for n, c in sizes + wide]
@@ -218,6 +218,7 @@ def _cases() -> list[Case]:
         cases.append(Case(f"{name}-stats", (9, 6), features, 2, small=True))
     cases += [
         Case("all", (9, 6), ALL_HARD, 2, small=True),
+        Case("all-empty", (0, 6), ALL_HARD, 2),
         Case("all-wide", (40, 1003), ALL_HARD, 2),
         Case("all-many-rows", (300, 11), ALL_HARD, 2),
         Case("all-values-only", (40, 19), ALL_HARD, 1),

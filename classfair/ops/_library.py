@@ -17,7 +17,3 @@ def define(schema: str, fake: Callable) -> None:
     for name, library in _libraries.items():
         library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"{name}::{schema.partition('(')[0]}", fake, lib=library)
-
-
-# Not a primitive: the smallest CUDA kernel, which doctor runs to learn whether _cuda has code for this GPU.
-define("probe(Tensor input) -> Tensor", torch.empty_like)

@@ -117,8 +117,10 @@ CLASSFAIR_INLINE FloatV max(FloatV a, FloatV b) {
 CLASSFAIR_INLINE DoubleV max(DoubleV a, DoubleV b) { return a > b ? a : b; }
 
 // e^x for x <= 88, relative error below 2e-7: x = n ln2 + r with |r| <= ln2 / 2, a minimax polynomial of e^r (own
-// Remez fit, relative error 7.6e-8) times 2^n. Results below the smallest normal number are flushed to zero.
+// Remez fit, relative error 7.6e-8) times 2^n. Results below 2^-126 / sqrt(2) are zero.
 CLASSFAIR_INLINE FloatV exp(FloatV x) {
+  // At -127 ln2 the scale 2^n below becomes an exact zero, so that -inf gives 0. NaN passes through max.
+  x = max(splat(-88.0296919f), x);
   const float round_shift = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
   const FloatV shifted = x * 1.44269504088896341f + round_shift;
   const FloatV n = shifted - round_shift;
@@ -129,8 +131,7 @@ CLASSFAIR_INLINE FloatV exp(FloatV x) {
   p = p * r + 0.99999969107f;
   p = p * r + 1.00000007187f;
   const FloatV scale = bits_as<FloatV>((bits_as<Int32V>(shifted) << 23) + 0x3f800000);
-  const Int32V keep = ~(x < splat(-87.33654f));  // all ones for NaN too, which p carries
-  return bits_as<FloatV>(bits_as<Int32V>(p * scale) & keep);
+  return p * scale;
 }
 CLASSFAIR_INLINE DoubleV exp(DoubleV x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);

@@ -186,7 +186,7 @@ ForwardResult forward(const Arguments& a) {
   f.in = make_inputs<T>(a);
   const Inputs<T>& in = f.in;
   const int64_t rows = in.rows, GC = in.G * in.C;
-  const bool stats = in.stats != 0, joint = stats && in.cell != nullptr;
+  const bool stats = in.stats != 0, joint = stats && a.cell.has_value();
   constexpr ScalarType acc = scalar_type_of<A>();
   Tensor loss = allocate<1>(a.logits, {rows}, acc);
   Tensor lse = allocate<1>(a.logits, {rows}, ScalarType::Double);

@@ -47,42 +47,12 @@ struct Inputs {
   int64_t visited(int64_t position) const { return order ? order[position] : position; }
 };
 
-// One row's labels, resolved.
 template <class A>
-struct Row {
-  LabelKind kind = LabelKind::kValid;
-  int64_t a = -1, b = -1;  // hard labels, -1: none
-  A share_a = 0, share_b = 0;
-  int64_t label = -1, group = 0, cell = -1;  // of the statistics; a label or group of -1 keeps the row out
-  int64_t slot = -1;                         // of `pair`
-};
+using Row = RowLabels<A>;
 
 template <class T>
 Row<acc_t<T>> resolve(const Inputs<T>& in, int64_t i) {
-  using A = acc_t<T>;
-  Row<A> row;
-  const bool dense = in.soft.data != nullptr;
-  if (in.target != nullptr) {
-    const A share = in.mix ? in.mix[i] : A(1);
-    const LabelKind kind_a = classify_label(in.target[i], in.C, in.ignore_index);
-    const LabelKind kind_b = in.target_b ? classify_label(in.target_b[i], in.C, in.ignore_index) : LabelKind::kIgnored;
-    if (kind_a == LabelKind::kValid) row.a = in.target[i], row.share_a = share;
-    if (kind_b == LabelKind::kValid) row.b = in.target_b[i], row.share_b = A(1) - share;
-    row.label = in.target_b && share < A(0.5) ? row.b : row.a;
-    if (kind_a == LabelKind::kIgnored && kind_b == LabelKind::kIgnored && !dense) row.kind = LabelKind::kIgnored;
-    if (kind_a == LabelKind::kInvalid || kind_b == LabelKind::kInvalid) row.kind = LabelKind::kInvalid;
-    if (dense) row.a = -1, row.share_a = A(0);  // the label serves the statistics only
-  }
-  if (in.group != nullptr) {
-    row.group = in.group[i];
-    if ((row.group < -1 || row.group >= in.G) && row.kind != LabelKind::kIgnored) row.kind = LabelKind::kInvalid;
-  }
-  if (row.kind == LabelKind::kValid) {
-    if (in.cell != nullptr) row.cell = in.cell[i];
-    if (in.pair != nullptr) row.slot = in.slot ? in.slot[i] : row.a;
-    if (row.slot < 0 || row.slot >= in.pair_rows) row.slot = -1;
-  }
-  return row;
+  return resolve_labels<acc_t<T>>(in, i);
 }
 
 template <class A>
