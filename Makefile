@@ -7,9 +7,9 @@ BUILD := "setuptools>=77" "torch>=2.10" ninja "pybind11>=2.13" numpy
 GPU_VENV ?= .venv-gpu
 SANITIZED := plain-3x31 or plain-3x1025 or all-many-rows or mixed-all or dense-all or strided-3d
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*) setup.py pyproject.toml
-CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*)
+CPP := $(filter-out %.py,$(wildcard csrc/*.cpp csrc/*.h csrc/*/*))
 
-.PHONY: help train test test-slow test-gpu lint format bench bench-check bench-gpu sanitize cuda-release doctor clean
+.PHONY: help train test test-slow test-gpu lint format bench bench-check bench-gpu sanitize cuda-check doctor clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -68,8 +68,8 @@ sanitize: $(GPU_VENV)/.installed  ## on a machine with a GPU: compute-sanitizer'
 	    tests/test_conformance.py -k "test_values_and_gradients and native-cuda-float32 and ($(SANITIZED))" || exit 1; \
 	done
 
-cuda-release: $(VENV)/.installed  ## compile the CUDA kernels for every released architecture, warnings as errors
-	$(BIN)/python csrc/cuda/release.py
+cuda-check: $(VENV)/.installed  ## compile the CUDA kernels for every released architecture, warnings as errors
+	$(BIN)/python csrc/cuda/check.py $(ARGS)
 
 doctor: $(VENV)/.installed  ## show versions and back-ends, and test them
 	$(BIN)/classfair doctor
