@@ -56,7 +56,7 @@ $(GPU_VENV)/.installed: $(SOURCES)
 	touch $@
 
 test-gpu: $(GPU_VENV)/.installed  ## on a machine with a GPU: conformance of both GPU back-ends
-	$(GPU_VENV)/bin/python -m pytest tests/test_conformance.py tests/test_gpu.py tests/test_torch_stack.py -m "not slow" -k cuda $(ARGS)
+	$(GPU_VENV)/bin/python -m pytest tests/test_conformance.py tests/test_gpu.py tests/test_torch_stack.py -m "not slow" -k "cuda or test_gpu" $(ARGS)
 
 bench-gpu: $(GPU_VENV)/.installed  ## on a machine with a GPU: time both GPU back-ends beside torch
 	$(GPU_VENV)/bin/python -m benchmarks.run --device cuda $(ARGS)
