@@ -1,1 +1,22 @@
-"""Triton kernels, installed as ``classfair.kernels``."""
+"""Triton kernels, installed as ``classfair.kernels``. Importing it serves ``torch.ops.classfair_triton``.
+
+They run on CUDA devices, and on CPU tensors too where Triton interprets (``TRITON_INTERPRET=1`` before the import).
+"""
+
+import torch
+import triton
+
+from . import label_index, softmax_loss
+
+
+def _register() -> None:
+    devices = ("cuda", "cpu") if triton.knobs.runtime.interpret else ("cuda",)
+    for name, kernel in (
+        ("softmax_loss_fwd", softmax_loss.softmax_loss_fwd),
+        ("softmax_loss_bwd", softmax_loss.softmax_loss_bwd),
+        ("label_index", label_index.label_index),
+    ):
+        torch.library.register_kernel(f"classfair_triton::{name}", devices, kernel)
+
+
+_register()
