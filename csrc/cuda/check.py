@@ -26,7 +26,7 @@ def compile_file(source: Path, archs: list[str]) -> str:
     targets = [a.replace(".", "") for a in archs]
     command = ["nvcc", "-c", "-O3", "-std=c++17", "-DUSE_CUDA", STABLE_ABI, "-Werror", "all-warnings"]
     command += ["-Xcompiler=-Wall,-Werror,-fvisibility=hidden", "-Xptxas=-v", f"-I{ROOT / 'csrc'}"]
-    command += [f"-isystem{path}" for path in include_paths()]
+    command += [flag for path in include_paths() for flag in ("-isystem", path)]
     command += [f"-gencode=arch=compute_{t},code=sm_{t}" for t in targets]
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run([*command, str(source), "-o", f"{folder}/out.o"], capture_output=True, text=True)
