@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from classfair import reference
+from classfair.reference.softmax_loss import Labels
 
 from .rows import Inputs, acc_dtype, acc_type, unit, view
 from .softmax_loss_bwd import (
@@ -88,7 +88,7 @@ def _check_labels(x: Inputs, s: Scalars) -> None:
     if logits.device.type == "cpu":
         rows = logits.new_zeros(()).expand(_num_rows(x), s.num_classes)
         labels = (x.target, x.target_b, x.mix, dense, x.group, s.num_groups, s.ignore_index)
-        reference._Labels(rows, *labels)
+        Labels(rows, *labels)
 
 
 def _replicas(num_rows: int, table: int) -> int:

@@ -1,13 +1,11 @@
-"""The reference back-end: every primitive in plain, readable torch.
-
-In float64 it is the oracle of the conformance suite, and higher derivatives of the fused primitives are derivatives
-of these formulas. It runs on every device; autograd differentiates it.
-"""
+"""``softmax_loss`` and its backward in plain torch."""
 
 import math
 
 import torch
 from torch import Tensor
+
+from classfair.reference.label_index import classify, raise_if_bad
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -26,21 +24,6 @@ def _log_sum_exp(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return top, (x - top[:, None]).exp().sum(1).log(), x
 
 
-def _classify(target: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
-    ignored = target == ignore_index
-    return ignored, ~ignored & ((target < 0) | (target >= num_classes))
-
-
-def _raise_if_bad(name: str, bad: Tensor, values: Tensor, expected: str) -> None:
-    """IndexError on the CPU, where looking costs nothing; other devices flag the row instead."""
-    if bad.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    if torch._C._functorch.is_functorch_wrapped_tensor(bad) or not bool(bad.any()):
-        return
-    row = int(bad.nonzero()[0])
-    raise IndexError(f"{name}: expected {expected}, got {int(values[row])} at row {row}")
-
-
 def focal_weight(nll: Tensor, gamma: float) -> Tensor:
     """(1 - p)^gamma at nll = -log p (Lin et al. 2017, eq. 4); its gradient is 0 at p = 1 and at p = 0."""
     finite = torch.where(nll.isinf(), 1.0, nll)
@@ -49,7 +32,7 @@ def focal_weight(nll: Tensor, gamma: float) -> Tensor:
     return torch.where(positive, torch.where(positive, miss, 1.0) ** gamma, 0.0)
 
 
-class _Labels:
+class Labels:
     """Hard labels of each row with their shares, which rows are in the loss, and the statistics' label."""
 
     def __init__(
@@ -72,15 +55,15 @@ class _Labels:
         expected = f"label in [0, {num_classes}) or ignore_index {ignore_index}"
         if target is not None:
             share = torch.ones_like(target, dtype=acc) if mix is None else mix.to(acc)
-            ignored_a, bad = _classify(target, num_classes, ignore_index)
-            _raise_if_bad("softmax_loss", bad, target, expected)
+            ignored_a, bad = classify(target, num_classes, ignore_index)
+            raise_if_bad("softmax_loss", bad, target, expected)
             absent = ignored_a | bad
             self.labels.append((torch.where(absent, 0, target), torch.where(absent, 0.0, share)))
             self.statistic = torch.where(absent, -1, target)
             ignored = ignored_a
             if target_b is not None:
-                ignored_b, bad_b = _classify(target_b, num_classes, ignore_index)
-                _raise_if_bad("softmax_loss", bad_b, target_b, expected)
+                ignored_b, bad_b = classify(target_b, num_classes, ignore_index)
+                raise_if_bad("softmax_loss", bad_b, target_b, expected)
                 absent_b = ignored_b | bad_b
                 self.labels.append((torch.where(absent_b, 0, target_b), torch.where(absent_b, 0.0, 1 - share)))
                 self.statistic = torch.where(share >= 0.5, self.statistic, torch.where(absent_b, -1, target_b))
@@ -89,7 +72,7 @@ class _Labels:
             ignored = none
         self.group = torch.zeros_like(self.statistic) if group is None else group
         bad_group = ~ignored & ((self.group < -1) | (self.group >= num_groups))
-        _raise_if_bad("softmax_loss", bad_group, self.group, f"group in [0, {num_groups}) or -1")
+        raise_if_bad("softmax_loss", bad_group, self.group, f"group in [0, {num_groups}) or -1")
         self.ignored, self.invalid = ignored, bad | bad_group
         self.valid = ~(self.ignored | self.invalid)  # (R,)
 
@@ -120,7 +103,7 @@ def softmax_loss(
     acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
     raw = _rows(logits).to(acc)  # (R, C)
     dense = soft_target is not None
-    labels = _Labels(raw, target, target_b, mix, dense, group, num_groups, ignore_index)
+    labels = Labels(raw, target, target_b, mix, dense, group, num_groups, ignore_index)
     valid = labels.valid
     safe = torch.where(valid[:, None], raw, 0.0)  # rows outside the loss must not leak a NaN into a gradient
 
@@ -162,7 +145,7 @@ def softmax_loss(
 
 def _row_loss(
     nll: Tensor,  # (R, C)
-    labels: _Labels,
+    labels: Labels,
     soft_target: Tensor | None,
     weight: Tensor | None,
     label_smoothing: float,
@@ -184,7 +167,7 @@ def _row_loss(
     return loss
 
 
-def _total_weight(raw: Tensor, labels: _Labels, dense: bool, weight: Tensor | None) -> Tensor:
+def _total_weight(raw: Tensor, labels: Labels, dense: bool, weight: Tensor | None) -> Tensor:
     """The denominator of "mean": weights of the hard labels in the loss, or the number of dense rows."""
     if dense:
         return labels.valid.sum().to(raw.dtype)
@@ -198,7 +181,7 @@ def _total_weight(raw: Tensor, labels: _Labels, dense: bool, weight: Tensor | No
 def _statistics(
     raw: Tensor,  # (R, C)
     safe: Tensor,  # (R, C), zeros in rows outside the loss
-    labels: _Labels,
+    labels: Labels,
     dense: bool,
     cell: Tensor | None,
     num_groups: int,
@@ -279,33 +262,3 @@ def softmax_loss_backward(
     for i, value in zip(active, pulled, strict=True):
         result[i] = value
     return tuple(result)
-
-
-def label_index(
-    target: Tensor, group: Tensor | None, num_classes: int, num_groups: int, ignore_index: int
-) -> tuple[Tensor, ...]:
-    """See :class:`classfair.ops.LabelIndex`."""
-    rows, keys = target.shape[0], num_classes * num_groups
-    capacity = min(rows, keys)
-    ignored, bad = _classify(target, num_classes, ignore_index)
-    expected = f"label in [0, {num_classes}) or ignore_index {ignore_index}"
-    _raise_if_bad("label_index", bad, target, expected)
-    g = torch.zeros_like(target) if group is None else group
-    bad_group = ~ignored & ((g < -1) | (g >= num_groups))
-    _raise_if_bad("label_index", bad_group, g, f"group in [0, {num_groups}) or -1")
-    placed = ~(ignored | bad | bad_group | (g < 0))
-    key = torch.where(placed, target * num_groups + g, keys)
-    sorted_key, order = torch.sort(key, stable=True)
-    first = torch.ones_like(placed)
-    first[1:] = sorted_key[1:] != sorted_key[:-1]
-    first = first & (sorted_key < keys)
-    rank = torch.cumsum(first, 0) - 1  # slot of each sorted row
-    slot = torch.empty_like(target).scatter_(0, order, torch.where(sorted_key < keys, rank, -1))
-    # Writes of rows that open no slot go to one spare place at the end.
-    place = torch.where(first, rank, capacity)
-    key_of_slot = target.new_zeros(capacity + 1).scatter_(0, place, sorted_key)[:capacity]
-    start = placed.sum().expand(capacity + 1).clone()
-    spare = torch.cat([start, start[:1]])
-    place = torch.where(first, rank, capacity + 1)
-    start = spare.scatter_(0, place, torch.arange(rows, device=target.device))[: capacity + 1]
-    return slot, key_of_slot, order, start, first.sum()

@@ -1,0 +1,10 @@
+"""The reference back-end: every primitive in plain, readable torch.
+
+In float64 it is the oracle of the conformance suite, and higher derivatives of the fused primitives are derivatives
+of these formulas. It runs on every device; autograd differentiates it.
+"""
+
+from classfair.reference.label_index import label_index
+from classfair.reference.softmax_loss import softmax_loss, softmax_loss_backward
+
+__all__ = ["label_index", "softmax_loss", "softmax_loss_backward"]
