@@ -3,7 +3,8 @@
 The torch formulations are the ones a careful user would write: ``F.cross_entropy`` does the loss, the pair rows are
 gathered by ``F.embedding`` (the fastest gather with a gradient on the CPU), statistics cost one softmax in float32
 and one reduction each. They compute no more than the objective needs: the integer counts, which come with every
-BatchStats, are left out where nobody asked for monitoring.
+BatchStats, are left out where nobody asked for monitoring. Probabilities of mixed labels are made before the clock
+starts, because loaders make them, in other processes.
 """
 
 from collections.abc import Callable
@@ -61,6 +62,7 @@ def formula(
     slot: Tensor,  # (N,)
     mass_weight: Tensor,  # (C,)
     hit_weight: Tensor,  # (C,)
+    probabilities: Tensor,  # (N, C)
 ) -> LossAndStats:
     """The objective in plain torch. Takes tensors, because torch.compile pays at every call to look into a tuple."""
     perturbed = logits
@@ -68,7 +70,8 @@ def formula(
         perturbed = perturbed + offset
     if objective.pair:
         perturbed = perturbed + F.embedding(slot, rows)
-    loss = F.cross_entropy(perturbed, target, label_smoothing=objective.label_smoothing)
+    labels = probabilities if objective.mixed else target
+    loss = F.cross_entropy(perturbed, labels, label_smoothing=objective.label_smoothing)
     if objective.stats == "none":
         return loss, ()
     if objective.stats == "values":
@@ -80,8 +83,8 @@ def formula(
 
 def torch_loss(run: Callable[..., LossAndStats], inputs: Inputs) -> LossAndStats:
     """The formula of an objective, eager or compiled, on the inputs."""
-    logits, target, offset, pair, mass_weight, hit_weight = inputs
-    return run(logits, target, offset, pair.rows, pair.slot, mass_weight, hit_weight)
+    i = inputs
+    return run(i.logits, i.target, i.offset, i.pair.rows, i.pair.slot, i.mass_weight, i.hit_weight, i.probabilities)
 
 
 def _mass_and_hit(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,12 +111,13 @@ def classfair_loss(objective: Objective, backend: str, inputs: Inputs) -> LossAn
         "label_smoothing": objective.label_smoothing,
         "backend": backend,
     }
+    target = inputs.target
+    if objective.mixed:
+        target = classfair.MixedTarget(inputs.target, inputs.target_b, inputs.lam)
     if objective.stats == "none":
-        return classfair.cross_entropy(inputs.logits, inputs.target, **keywords), ()
+        return classfair.cross_entropy(inputs.logits, target, **keywords), ()
     differentiable = objective.stats == "differentiable"
-    loss, stats = classfair.cross_entropy_with_stats(
-        inputs.logits, inputs.target, differentiable=differentiable, **keywords
-    )
+    loss, stats = classfair.cross_entropy_with_stats(inputs.logits, target, differentiable=differentiable, **keywords)
     if differentiable:
         loss = loss + stats.mass[0] @ inputs.mass_weight + stats.hit[0] @ inputs.hit_weight
         return loss, ()
@@ -167,21 +171,21 @@ def _truth(objective: Objective, case: Case, device: str) -> Step:
 def verify(provider: Provider, case: Case, inputs: Inputs) -> None:
     """The gate before timing: a step against float64; AssertionError for a wrong provider."""
     truth = _truth(provider.objective, case, inputs.logits.device.type)
-    got = _quantities(provider.step(inputs), inputs.target)
-    for name, value in _quantities(truth, inputs.target).items():
+    labels = inputs.labels(provider.objective)
+    got = _quantities(provider.step(inputs), labels)
+    for name, value in _quantities(truth, labels).items():
         error = ((got[name].double() - value).norm() / value.norm()).item()
         if not error <= TOLERANCE[case.dtype]:  # NaN is wrong too
             raise AssertionError(f"{case.key}: {provider.name} is wrong, relative error {error:.2g} of the {name}")
 
 
-def _quantities(step: Step, target: Tensor) -> dict[str, Tensor]:
+def _quantities(step: Step, labels: Tensor) -> dict[str, Tensor]:
     """What the gate compares: two parts of the logit gradient, of which the larger would hide the other."""
     logits, *terms = step.gradients
-    true = target.unsqueeze(1)
     return {
         "loss": step.loss,
-        "gradient at the true class": logits.gather(1, true),
-        "gradient elsewhere": logits.scatter(1, true, 0.0),
+        "gradient at the true class": logits.gather(1, labels),
+        "gradient elsewhere": logits.scatter(1, labels, 0.0),
         **dict(zip(("gradient of the offset", "gradient of the pair rows"), terms, strict=False)),
         **dict(zip(("mass", "hit", "count"), (s.double() for s in step.stats), strict=False)),
     }

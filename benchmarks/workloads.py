@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from classfair import PairTerms
@@ -40,6 +41,7 @@ class Objective:
     offset: bool = False
     pair: bool = False
     label_smoothing: float = 0.0
+    mixed: bool = False  # every sample has two labels
     stats: str = "none"  # "values": for monitoring; "differentiable": part of the loss
     trains_terms: bool = False  # offset and pair rows receive gradients
 
@@ -47,6 +49,9 @@ class Objective:
 OBJECTIVES = {
     "plain": Objective("the drop-in"),
     "logit-adjusted": Objective("LogitAdjustedLoss: a constant offset", offset=True),
+    "mixed": Objective(
+        "MixUp or CutMix: two labels and a share; torch reads probabilities made by the loader", mixed=True
+    ),
     "monitor": Objective("per-class statistics of each batch for a log, no gradient", stats="values"),
     "all-on": Objective(
         "every term at once, all constant",
@@ -95,10 +100,17 @@ class Inputs(NamedTuple):
 
     logits: Tensor  # (N, C), the case's dtype; other floats are float32
     target: Tensor  # (N,) int64
+    target_b: Tensor  # (N,) int64, the second label where labels are mixed
+    lam: Tensor  # (N,) share of target
     offset: Tensor  # (C,)
     pair: PairTerms  # rows (min(N, C), C) of the labels present
     mass_weight: Tensor  # (C,) upstream gradient of mass
     hit_weight: Tensor  # (C,) upstream gradient of hit
+    probabilities: Tensor  # (N, C) of the mixed labels, or (0, C) where none are: they are as large as the logits
+
+    def labels(self, objective: Objective) -> Tensor:
+        """Labels of each sample: (N, 1), or (N, 2) where they are mixed."""
+        return torch.stack([self.target, self.target_b][: 1 + objective.mixed], dim=1)
 
     def leaves(self, objective: Objective) -> list[Tensor]:
         """The tensors whose gradients a step computes."""
@@ -122,6 +134,7 @@ class Inputs(NamedTuple):
 def make_inputs(case: Case, device: str) -> Inputs:
     """Seeded, and drawn on the CPU, so that every device gets the same numbers."""
     rows, classes, _ = WORKLOADS[case.workload]
+    objective = OBJECTIVES[case.objective]
     generator = torch.Generator().manual_seed(rows * classes)
 
     def normal(*shape: int) -> Tensor:
@@ -133,10 +146,21 @@ def make_inputs(case: Case, device: str) -> Inputs:
     inputs = Inputs(
         logits=(2 * normal(rows, classes)).to(DTYPES[case.dtype]),
         target=target,
+        target_b=target.roll(1),  # the neighbour in the batch, as torchvision mixes
         offset=normal(classes),
         pair=PairTerms(pair_rows, index.slot, index.key_of_slot, index.num_slots),
         # Of order 1/N, as a mean over the batch has: statistics and loss pull about equally hard.
         mass_weight=normal(classes) / rows,
         hit_weight=normal(classes) / rows,
+        lam=torch.rand(rows, generator=generator),
+        probabilities=torch.zeros(0, classes),
     )
-    return inputs.map(lambda t: t.to(device), OBJECTIVES[case.objective])
+    if objective.mixed:
+        inputs = inputs._replace(probabilities=_probabilities(inputs))
+    return inputs.map(lambda t: t.to(device), objective)
+
+
+def _probabilities(inputs: Inputs) -> Tensor:  # (N, C)
+    """What torchvision's MixUp and CutMix return as labels."""
+    one_hot_a, one_hot_b = (F.one_hot(t, inputs.logits.shape[1]) for t in (inputs.target, inputs.target_b))
+    return torch.lerp(one_hot_b.float(), one_hot_a.float(), inputs.lam.unsqueeze(1))

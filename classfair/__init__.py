@@ -1,31 +1,48 @@
 """Class-fair losses and statistics for image classifiers, at the price of plain cross-entropy."""
 
 from classfair import backends as _backends
+from classfair import data as data
+from classfair import nn as nn
 from classfair.functional import cross_entropy, cross_entropy_with_stats
-from classfair.losses import (
-    CrossEntropyLoss,
-    LogitAdjustedLoss,
+from classfair.losses import ClassBalancedLoss, CrossEntropyLoss, FocalLoss, LDAMLoss, LogitAdjustedLoss
+from classfair.pair import PairTerms
+from classfair.priors import (
+    effective_counts,
+    effective_number_weights,
+    ldam_margins,
     logit_adjustment,
     posthoc_logit_adjustment,
+    tau_normalize,
 )
-from classfair.pair import PairTerms
-from classfair.statistics import BatchStats, JointRows
-from classfair.targets import MixedTarget, class_counts
+from classfair.schedules import DeferredReweighting, Warmup
+from classfair.statistics import BatchStats, JointRows, effective_frequency
+from classfair.targets import MixedTarget, class_counts, total_weight
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BatchStats",
+    "ClassBalancedLoss",
     "CrossEntropyLoss",
+    "DeferredReweighting",
+    "FocalLoss",
     "JointRows",
+    "LDAMLoss",
     "LogitAdjustedLoss",
     "MixedTarget",
     "PairTerms",
+    "Warmup",
     "class_counts",
     "cross_entropy",
     "cross_entropy_with_stats",
+    "effective_counts",
+    "effective_frequency",
+    "effective_number_weights",
+    "ldam_margins",
     "logit_adjustment",
     "posthoc_logit_adjustment",
+    "tau_normalize",
+    "total_weight",
 ]
 
 _backends.load_compiled()

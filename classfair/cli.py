@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 if TYPE_CHECKING:
-    from classfair.training import Epoch, RunResult, TrainConfig
+    from classfair.training import Epoch, Processes, RunFolder, RunResult, TrainConfig
 
 OK, FAILURE, USAGE, ENVIRONMENT, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -24,7 +24,7 @@ usage: classfair [-h] [--version] {train,doctor} ...
 Class-fair losses and statistics for image classifiers.
 
 commands:
-  train       train on long-tailed digits, compare the losses, write a run folder
+  train       train a classifier with one or several losses, write a run folder
   doctor      show versions and back-ends, and check that they compute correctly
 
 options:
@@ -35,11 +35,22 @@ options:
 """
 
 TRAIN_DESCRIPTION = """\
-Train a small classifier on long-tailed digits, once per loss and seed, and
-compare how well it does on frequent and on rare classes. It needs no download
-and no GPU and takes well under a minute. It writes a run folder: configuration,
-metrics, per-class accuracies, a chart and checkpoints.
+Train a classifier, once per loss and seed, and compare how well it does on
+frequent and on rare classes. Without flags: a small one on long-tailed digits,
+which needs no download and no GPU and takes well under a minute. With --data
+imagefolder:DIR: a torchvision or timm model on your images; the defaults below
+change with it (add --help to see them). Under torchrun all processes train
+together. It writes a run folder: configuration, metrics, per-class statistics
+of every epoch, a chart and checkpoints to --resume from.
 """
+
+NAMES = {
+    "ce": "cross-entropy",
+    "la": "logit adjustment",
+    "ldam": "label-distribution-aware margins",
+    "cb": "class-balanced weights",
+    "focal": "focal loss",
+}
 
 HEADINGS = {
     "many": "many",
@@ -86,7 +97,7 @@ def entry() -> None:
 
 def train(argv: Sequence[str]) -> int:
     """``classfair train``: parse, check everything that can be checked, train, report."""
-    if missing := _missing_extras():
+    if missing := _missing(_TRAIN_EXTRA):
         needs = 'needs the "train" extra: pip install "classfair[train]"'
         return _fail(f"{needs} (missing: {', '.join(missing)})", ENVIRONMENT)
     from classfair import training
@@ -95,26 +106,53 @@ def train(argv: Sequence[str]) -> int:
         options = _parse(argv)
     except SystemExit as stop:  # --help, or wrong usage that has been reported
         return stop.code if isinstance(stop.code, int) else USAGE
+    except ValueError as error:
+        return _fail(error, USAGE)
     try:
         names = [f.name for f in fields(training.TrainConfig)]
         config = training.TrainConfig(**{name: getattr(options, name) for name in names})
-        training.resolve_device(config.device)
-        folder = training.RunFolder(Path(options.output or _default_output(config)))
-    except training.DeviceUnavailableError as error:
+        if config.image_folder is not None and _missing(_VISION_EXTRA):
+            return _fail('image folders need the "vision" extra: pip install "classfair[vision]"', ENVIRONMENT)
+        device = training.local_device(training.resolve_device(config.device))
+        with training.joined(device) as processes:
+            return _train(options, config, device, processes)
+    except (training.DeviceUnavailableError, training.MissingPackageError) as error:
         return _fail(error, ENVIRONMENT)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         return _fail(error, USAGE)
+
+
+def _train(options: Any, config: TrainConfig, device: Any, processes: Processes) -> int:
+    """The job of one process among all that train together; only the main one writes and prints."""
+    from classfair import training
+
+    resume = Path(options.resume) if options.resume else None
+    if resume is not None:
+        training.check_resumable(config, training.saved_config(resume), processes.world)
+    folder = None
+    if processes.is_main:
+        try:
+            path = resume or Path(options.output or _default_output(config))
+            folder = training.RunFolder(path, resume=resume is not None)
+        except OSError as error:
+            return _fail(error, USAGE)
     try:
-        with _progress(config, shown=not options.no_progress) as on_epoch:
-            results = training.train(config, folder, on_epoch)
+        with _progress(config, shown=processes.is_main and not options.no_progress) as on_epoch:
+            results = training.train(config, folder, on_epoch, device=device, processes=processes, resume=resume)
     except KeyboardInterrupt:
-        runs = len(config.loss) * config.seeds
-        kept = f"{len(folder.checkpoints)} of {runs} checkpoints in {folder.path}"
-        return _fail(f"interrupted; kept {kept if folder.checkpoints else 'nothing'}", INTERRUPTED)
-    except (FloatingPointError, OSError) as error:
+        return _fail(_interrupted(folder, len(config.loss) * config.seeds), INTERRUPTED)
+    except (FloatingPointError, OSError, training.BadImageError) as error:
         return _fail(error, FAILURE)
-    _print_results(results, config, folder.path, as_json=options.json)
+    if folder is not None:
+        _print_results(results, config, folder.path, as_json=options.json)
     return OK
+
+
+def _interrupted(folder: RunFolder | None, runs: int) -> str:
+    if folder is None or not folder.has_checkpoint:
+        return "interrupted; kept nothing"
+    kept = f"kept {len(folder.finished)} of {runs} finished runs in {folder.path}"
+    return f"interrupted; {kept}; go on with --resume {folder.path}"
 
 
 def _fail(message: object, code: int) -> int:
@@ -122,14 +160,13 @@ def _fail(message: object, code: int) -> int:
     return code
 
 
-def _missing_extras() -> list[str]:
+_TRAIN_EXTRA = {"tyro": "tyro", "rich": "rich", "sklearn": "scikit-learn", "matplotlib": "matplotlib"}
+_VISION_EXTRA = {"torchvision": "torchvision"}
+
+
+def _missing(modules: dict[str, str]) -> list[str]:
     missing = []
-    for module, package in {
-        "tyro": "tyro",
-        "rich": "rich",
-        "sklearn": "scikit-learn",
-        "matplotlib": "matplotlib",
-    }.items():
+    for module, package in modules.items():
         try:
             import_module(module)
         except ImportError:
@@ -138,11 +175,21 @@ def _missing_extras() -> list[str]:
 
 
 def _default_output(config: TrainConfig) -> str:
-    return time.strftime(f"runs/{config.data}-%Y%m%d-%H%M%S")
+    return time.strftime(f"runs/{config.image_folder.name if config.image_folder else config.data}-%Y%m%d-%H%M%S")
 
 
-def _options_type() -> type:
-    """TrainConfig plus what only the command line needs, annotated for tyro."""
+def _value_of(flag: str, argv: Sequence[str]) -> str:
+    """What a flag is set to, looked up before parsing because the defaults of the others depend on it."""
+    for i, argument in enumerate(argv):
+        if argument == flag and i + 1 < len(argv):
+            return argv[i + 1]
+        if argument.startswith(f"{flag}="):
+            return argument.removeprefix(f"{flag}=")
+    return ""
+
+
+def _options_type(defaults: dict[str, Any]) -> type:
+    """TrainConfig with these defaults plus what only the command line needs, annotated for tyro."""
     import tyro
 
     from classfair.training import TrainConfig
@@ -150,17 +197,23 @@ def _options_type() -> type:
     hints = get_type_hints(TrainConfig)
     options: list[Any] = []
     for f in fields(TrainConfig):
-        arg = tyro.conf.arg(**f.metadata)
-        options.append((f.name, Annotated[hints[f.name], arg], field(default=f.default)))
+        arg = tyro.conf.arg(help=f.metadata["help"], **f.metadata["cli"])
+        options.append((f.name, Annotated[hints[f.name], arg], field(default=defaults[f.name])))
     output = tyro.conf.arg(
         help="Run folder to write, new or empty.",
         metavar="DIR",
         help_behavior_hint="(default: runs/digits-YYYYmmdd-HHMMSS)",
     )
+    resume = tyro.conf.arg(
+        help="Run folder of an interrupted job to finish; its options are the defaults.",
+        metavar="DIR",
+        help_behavior_hint="(default: none)",
+    )
     json_flag = tyro.conf.arg(help="Print the summary as JSON instead of a table.")
     quiet = tyro.conf.arg(help="Show no progress bar.")
     options += [
         ("output", Annotated[str, output], field(default="")),
+        ("resume", Annotated[str, resume], field(default="")),
         ("json", Annotated[bool, json_flag], field(default=False)),
         ("no_progress", Annotated[bool, quiet], field(default=False)),
     ]
@@ -171,11 +224,15 @@ def _parse(argv: Sequence[str]) -> Any:
     """The options; SystemExit after --help, or after one line about what is wrong."""
     import tyro
 
+    from classfair import training
+
+    resume = _value_of("--resume", argv)
+    defaults = training.saved_config(Path(resume)) if resume else training.defaults(_value_of("--data", argv))
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
             return tyro.cli(
-                _options_type(),
+                _options_type(defaults),
                 args=argv,
                 prog="classfair train",
                 description=TRAIN_DESCRIPTION,
@@ -224,10 +281,10 @@ def _progress(config: TrainConfig, *, shown: bool) -> Iterator[Any]:
         task = bar.add_task("starting", total=config.epochs * config.seeds * len(config.loss))
 
         def on_epoch(now: Epoch) -> None:
-            accuracy = metrics.per_class_accuracy(now.correct, now.test_count)
+            accuracy = now.val.accuracy
             balanced = metrics.balanced_accuracy(accuracy)
             worst = metrics.worst_class_accuracy(accuracy)
-            text = f"{now.loss} seed {now.seed} loss {now.train_loss:.3f} "
+            text = f"{now.loss} seed {now.seed} loss {now.train.mean_loss:.3f} "
             bar.update(task, advance=1, description=text + f"balanced {balanced:.1%} worst {worst:.1%}")
 
         yield on_epoch
@@ -246,8 +303,8 @@ def _print_results(results: list[RunResult], config: TrainConfig, path: Path, *,
         return
     spread = f"mean ± sd over {config.seeds} seeds" if config.seeds > 1 else "1 seed"
     table = Table(
-        title=f"Test accuracy in %, {spread}",
-        caption="ce: cross-entropy, la: logit adjustment. many: classes with more than "
+        title=f"{'Test' if config.data == 'digits' else 'Validation'} accuracy in %, {spread}",
+        caption=f"{', '.join(f'{loss}: {NAMES[loss]}' for loss in config.loss)}. many: classes with more than "
         f"{config.many_shot} training images, few: fewer than {config.few_shot}. "
         "all: mean of all classes.",
         box=SIMPLE_HEAD,

@@ -133,6 +133,34 @@ def _unflatten(values: Iterable[Any], names: tuple[str, ...]) -> BatchStats:
 pytree.register_pytree_node(BatchStats, _flatten, _unflatten, serialized_type_name="classfair.BatchStats")
 
 
+def effective_frequency(stats: BatchStats) -> Tensor:
+    """Mean probability that the samples of a class give to it: how well it is learnt, 1 at best.
+
+    To be measured on validation data: on training data a network that fits them all has 1 everywhere. Statistics of
+    several batches add up (``stats + stats``), groups are summed over. :func:`effective_counts` makes class counts of
+    it that a re-weighted loss can use.
+    Source: Cui et al. 2024, "Classes are not equal: an empirical study on image recognition fairness", eq. 11.
+
+    Args:
+        stats: with hard labels (under ``MixedTarget`` a hit is shared between two labels and a count is not).
+
+    Returns:
+        ``(C,)`` of the dtype of ``stats.hit``, in [0, 1]; NaN for classes without a sample. Gradient: ``stats.hit``.
+
+    Raises:
+        TypeError: ``stats`` that are no BatchStats.
+
+    Example:
+        >>> logits, target = torch.zeros(2, 3), torch.tensor([0, 2])
+        >>> _, stats = classfair.cross_entropy_with_stats(logits, target)
+        >>> effective_frequency(stats)
+        tensor([0.3333,    nan, 0.3333])
+    """
+    if not isinstance(stats, BatchStats):
+        raise TypeError(f"effective_frequency: expected stats as BatchStats, got {type(stats).__name__}")
+    return stats.hit.sum(0) / stats.count.sum(0)
+
+
 class _AllReduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, group: Any) -> Tensor:

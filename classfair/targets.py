@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from classfair import _validate as check
+
 
 class MixedTarget(NamedTuple):
     r"""Two hard labels with a mixing weight, as MixUp and CutMix make them.
@@ -87,3 +89,93 @@ def class_counts(dataset_or_targets: Any, num_classes: int) -> Tensor:
         i = int(bad.nonzero()[0])
         raise ValueError(f"class_counts: expected labels in [0, {num_classes}), got {int(labels[i])} at position {i}")
     return torch.bincount(labels, minlength=num_classes)
+
+
+def total_weight(
+    target: Tensor | MixedTarget,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    num_classes: int | None = None,
+) -> Tensor:
+    r"""What ``reduction="mean"`` divides by: the denominator of one batch, to be added up over several.
+
+    With gradient accumulation, or several processes, the mean of the whole is the sum of the parts over the sum of
+    their totals; a mean of means is not, unless all totals are equal:
+    ``cross_entropy(..., reduction="sum") / total``.
+
+    Args:
+        target: as for :func:`cross_entropy`: labels, :class:`MixedTarget`, or probabilities ``(N, C)`` or
+            ``(N, C, d1, ...)``.
+        weight: ``(C,)`` class weights; the method ``total_weight`` of a loss knows those that it applies.
+        ignore_index: as in :func:`cross_entropy`.
+        num_classes: C, where ``weight`` does not tell it: labels from C on are then known to be invalid.
+
+    Returns:
+        ``()`` float32, or float64 for a float64 ``weight``, on the device of the target. Labels and ``MixedTarget``:
+        the weights of the labels (shares) that are not ignored; probabilities: N, the weights do not enter. Nothing is
+        read by the host. Invalid labels are outside, as in the loss on a GPU (on the CPU the loss raises).
+        ``label_smoothing`` changes nothing but this: where it is on and the total is 0, "mean" is NaN, as in torch.
+        No gradient.
+
+    Raises:
+        TypeError, ValueError: target or weight of the wrong kind or shape.
+
+    Example:
+        >>> logits, target = torch.randn(6, 3), torch.tensor([0, 2, 1, -100, 1, 0])
+        >>> weight = torch.tensor([1.0, 2.0, 0.5])
+        >>> total = total_weight(target, weight=weight)
+        >>> total
+        tensor(6.5000)
+        >>> parts = zip(logits.split(4), target.split(4))
+        >>> sums = [classfair.cross_entropy(z, y, weight=weight, reduction="sum") for z, y in parts]
+        >>> torch.allclose(sum(sums) / total, classfair.cross_entropy(logits, target, weight=weight))
+        True
+    """
+    function, dtype = "total_weight", torch.float32
+    if weight is not None:
+        check.check_floats(function, "weight", weight, (weight.numel() if isinstance(weight, Tensor) else 0,))
+        dtype = torch.float64 if weight.dtype == torch.float64 else dtype
+        weight, num_classes = weight.detach().to(dtype), weight.numel()
+    if isinstance(target, MixedTarget):
+        for name in ("y_a", "y_b"):
+            shape = getattr(target.y_a, "shape", ())
+            check.check_labels_tensor(function, f"target.{name}", getattr(target, name), shape)
+        share = _share(target.lam, target.y_a, dtype)
+        parts = [(target.y_a, share), (target.y_b, 1 - share)]
+    elif isinstance(target, Tensor) and target.is_floating_point():
+        rows = target.numel() // target.shape[1] if target.dim() > 1 else 1
+        return torch.full((), rows, dtype=dtype, device=target.device)
+    else:
+        check.check_labels_tensor(function, "target", target, getattr(target, "shape", ()))
+        parts = [(target, torch.ones_like(target, dtype=dtype))]
+    if weight is not None and weight.device != parts[0][0].device:
+        raise ValueError(f"{function}: expected weight on the device of the target, got {weight.device}")
+    good = torch.ones_like(parts[0][0], dtype=torch.bool)  # a bad label takes the other one's share with it
+    total = torch.zeros((), dtype=torch.float64, device=good.device)
+    for label, _ in parts:
+        good = good & ((label == ignore_index) | _in_range(label, num_classes))
+    for label, share in parts:
+        counted = good & (label != ignore_index)
+        own = share if weight is None else share * weight[torch.where(counted, label, 0)]
+        total = total + torch.where(counted, own, 0.0).sum(dtype=torch.float64)
+    return total.to(dtype)
+
+
+def _in_range(label: Tensor, num_classes: int | None) -> Tensor:
+    return label >= 0 if num_classes is None else (label >= 0) & (label < num_classes)
+
+
+def _share(lam: Any, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """lam of a MixedTarget in the shape of its labels."""
+    if not isinstance(lam, Tensor):
+        check.check_range("total_weight", "target.lam", lam, 0.0, 1.0)
+        return torch.full_like(like, lam, dtype=dtype)
+    if lam.dim() == 1 and like.dim() > 1:
+        lam = lam.view(-1, *(1,) * (like.dim() - 1))
+    try:
+        return lam.detach().to(like.device, dtype).expand(like.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"total_weight: expected target.lam that broadcasts to {tuple(like.shape)}, got {tuple(lam.shape)}"
+        ) from None

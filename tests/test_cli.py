@@ -7,13 +7,15 @@ import os
 import subprocess
 import sys
 import types
+from dataclasses import fields
+from importlib.util import find_spec
 
 import pytest
 import torch
 
 from classfair import __version__
 from classfair.cli import main
-from classfair.training import engine
+from classfair.training import TrainConfig, engine
 
 TINY = ["train", "--epochs", "2", "--seeds", "2", "--no-progress"]
 EXTRAS = ("tyro", "rich", "sklearn", "matplotlib")
@@ -48,8 +50,11 @@ def one_line(capsys):
 def test_run_folder_is_complete(tiny):
     files = {str(path.relative_to(tiny)) for path in tiny.rglob("*") if path.is_file()}
     checkpoints = {f"checkpoints/{loss}-seed{seed}.pt" for loss in ("ce", "la") for seed in (0, 1)}
+    statistics = {f"statistics/{loss}-seed{seed}.csv" for loss in ("ce", "la") for seed in (0, 1)}
     reports = {"config.json", "metrics.json", "per_class.csv", "per_class_accuracy.png"}
-    assert files == reports | checkpoints
+    board = {name for name in files if name.startswith("tensorboard/")}
+    assert files - board == reports | checkpoints | statistics
+    assert len(board) == (1 if find_spec("tensorboard") else 0)
 
 
 def test_config(tiny):
@@ -100,7 +105,7 @@ def test_chart_is_a_png_with_something_on_it(tiny):
 
 def test_checkpoint_loads_safely(tiny):
     checkpoint = torch.load(tiny / "checkpoints" / "la-seed1.pt", weights_only=True)
-    assert checkpoint["format_version"] == 1
+    assert checkpoint["format_version"] == 2
     assert checkpoint["epoch"] == checkpoint["config"]["epochs"] == 2
     assert checkpoint["model"]["0.weight"].shape == (64, 64)
     assert checkpoint["criterion"]["offset"].shape == (10,)
@@ -154,7 +159,7 @@ def test_help_explains_every_flag(capsys):
         assert f"--{name} " in text
     for name in ("seed", "seeds", "imbalance", "many-shot", "few-shot", "device", "output"):
         assert f"--{name} " in text
-    assert text.count("(default: ") == 17
+    assert text.count("(default: ") == len(fields(TrainConfig)) + 4
     assert "-b INT" in text
     assert "--wd FLOAT" in text
 
@@ -167,7 +172,7 @@ def test_help_explains_every_flag(capsys):
         (["--imbalance", "500"], "classfair train: expected imbalance from 1 to 80"),
         (["--loss", "ce", "mse"], "classfair train: expected loss to be one or several of ce, la"),
         (["--seeds", "0"], "classfair train: expected seeds of at least 1, got 0"),
-        (["--device", "toaster"], "classfair train: expected device to be cpu"),
+        (["--device", "toaster"], "classfair train: expected device to be auto, cpu"),
         (["--epochs", "many"], "many"),
         (["--nonsense"], "--nonsense"),
         (["--lr"], "--lr"),
@@ -212,9 +217,10 @@ def stop_at_run(number, error, monkeypatch):
 def test_interruption_keeps_finished_runs(tmp_path, capsys, monkeypatch):
     stop_at_run(3, KeyboardInterrupt(), monkeypatch)
     assert run("--output", tmp_path / "run") == 130
-    assert "interrupted; kept 2 of 4 checkpoints in" in one_line(capsys)
+    assert "interrupted; kept 2 of 4 finished runs in" in one_line(capsys)
     kept = {path.name for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    assert kept == {"config.json", "ce-seed0.pt", "la-seed0.pt"}
+    kept = {name for name in kept if "tfevents" not in name}
+    assert kept == {"config.json", "ce-seed0.pt", "la-seed0.pt", "ce-seed0.csv", "la-seed0.csv"}
 
 
 def test_interruption_of_the_first_run_leaves_nothing(tmp_path, capsys, monkeypatch):

@@ -8,21 +8,37 @@ import pytest
 import torch
 
 import classfair
-from classfair.training import RunFolder, TrainConfig, summarise
-from classfair.training.data import digits_long_tailed, long_tailed_counts
-from classfair.training.engine import DeviceUnavailableError, fit, resolve_device, run_all
-from classfair.training.model import mlp
+from classfair.training import (
+    DeviceUnavailableError,
+    Processes,
+    RunFolder,
+    TrainConfig,
+    resolve_device,
+    summarise,
+    train,
+)
+from classfair.training.data import load_data
+from classfair.training.digits import digits_long_tailed, long_tailed_counts
+from classfair.training.engine import Run, fit
+from classfair.training.models import mlp
+
+CPU = torch.device("cpu")
 
 
 def ignore(epoch):
     pass
 
 
+def run_one(loss, seed, config):
+    run = Run(loss, seed, load_data(config, seed), config, CPU, Processes())
+    return fit(run, None, ignore), run.state_dict()
+
+
 @pytest.fixture(scope="module")
 def default_job():
     """The job of ``classfair train`` without flags: three paired seeds, both losses."""
     config = TrainConfig()
-    return config, list(run_all(config, ignore))
+    return config, [run_one(loss, seed, config) for seed in range(3) for loss in config.loss]
 
 
 def test_logit_adjustment_helps_the_few_shot_classes(default_job):
@@ -66,10 +82,9 @@ def test_checkpoint_predicts_what_was_reported(default_job):
 @pytest.mark.parametrize("loss", ["ce", "la"])
 def test_same_seed_gives_the_same_bits(loss):
     config = TrainConfig(epochs=3)
-    split = digits_long_tailed(5, config.imbalance)
-    first, first_state = fit(loss, 5, split, config, ignore)
+    first, first_state = run_one(loss, 5, config)
     torch.rand(1)  # whatever else draws random numbers in between
-    second, second_state = fit(loss, 5, split, config, ignore)
+    second, second_state = run_one(loss, 5, config)
     assert first.train_loss == second.train_loss
     assert first.correct.tolist() == second.correct.tolist()
     for name, value in first_state["model"].items():
@@ -79,14 +94,14 @@ def test_same_seed_gives_the_same_bits(loss):
 def test_losses_of_a_seed_are_paired():
     """With tau = 0 logit adjustment is cross-entropy: same weights and batches, same model."""
     config = TrainConfig(epochs=3, seeds=1, tau=0.0)
-    (ce, _), (la, _) = run_all(config, ignore)
+    ce, la = train(config, None, ignore)
     np.testing.assert_allclose(ce.train_loss, la.train_loss, rtol=1e-5)
     assert ce.correct.tolist() == la.correct.tolist()
 
 
 def test_global_random_state_is_left_alone():
     before = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
-    list(run_all(TrainConfig(epochs=1, seeds=1), ignore))
+    train(TrainConfig(epochs=1, seeds=1), None, ignore)
     assert torch.equal(torch.get_rng_state(), before[0])
     assert np.array_equal(np.random.get_state()[1], before[1])  # noqa: NPY002
 
@@ -138,9 +153,18 @@ def test_model_has_the_initial_distribution_of_linear():
         ({"imbalance": 0.5}, "expected imbalance from 1 to 80 .*, got 0.5"),
         ({"imbalance": 81.0}, "expected imbalance from 1 to 80 .*, got 81.0"),
         ({"few_shot": 26}, r"expected few_shot from 0 to many_shot \(25\), got 26"),
-        ({"loss": ()}, "expected loss to be one or several of ce, la, got none"),
-        ({"loss": ("ce", "mse")}, "expected loss to be one or several of ce, la, got ce mse"),
-        ({"data": "mnist"}, "expected data to be digits, got mnist"),
+        ({"loss": ()}, "expected loss to be one or several of ce, la, ldam, cb, focal, got none"),
+        ({"loss": ("ce", "mse")}, "expected loss to be one or several of ce, la, ldam, cb, focal, got ce mse"),
+        ({"data": "mnist"}, "expected data to be digits or imagefolder:DIR, got mnist"),
+        ({"data": "imagefolder:"}, "expected data to be digits or imagefolder:DIR, got imagefolder:"),
+        ({"opt": "lion"}, "expected opt to be sgd or adamw, got lion"),
+        ({"beta": 1.0}, "expected beta from 0 up to but excluding 1, got 1.0"),
+        ({"scale": (0.5, 0.1)}, "expected scale as two ascending shares of 1, got 0.5 0.1"),
+        ({"mixup": 0.2}, "expected mixup to be left out with digits, got 0.2"),
+        ({"drw_start": 150}, r"expected drw_start below epochs \(150\), got 150"),
+        ({"drw_start": 1, "loss": ("cb",)}, "expected drw_start without cb, which has class weights of its own, got 1"),
+        ({"loss_warmup": 1}, r"expected loss_warmup with losses that have something to ramp \(la, ldam, cb\), got 1"),
+        ({"model": "resnet50"}, "expected model to be mlp for digits, and another one for image folders, got resnet50"),
     ],
 )
 def test_bad_configuration(changes, message):
@@ -150,7 +174,7 @@ def test_bad_configuration(changes, message):
 
 def test_device():
     assert resolve_device("cpu") == torch.device("cpu")
-    with pytest.raises(ValueError, match="expected device to be cpu"):
+    with pytest.raises(ValueError, match="expected device to be auto, cpu"):
         resolve_device("toaster")
     with pytest.raises(DeviceUnavailableError, match="got cuda:99"):
         resolve_device("cuda:99")

@@ -1,73 +1,141 @@
-"""digits-LT: scikit-learn's bundled handwritten digits, made long-tailed."""
+"""Training and validation images as batches, in an order that depends on seed and epoch alone."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-NUM_CLASSES = 10
-HEAD_COUNT = 80  # training images of the largest class; half of the digits has at least 87 of each
+from classfair.data import ClassBalancedSampler
+from classfair.training.config import TrainConfig
+from classfair.training.distributed import Processes
+
+#: What a batch is asked for with: the epoch, and the indices of its images.
+Request = tuple[int, list[int]]
 
 
 @dataclass(frozen=True)
-class Split:
-    """Training and test images of one seed."""
+class Data:
+    """The images of one seed. Both data sets answer a :data:`Request` with ``(images, target)``."""
 
-    train_x: Tensor  # (N, 64) float32, standardised per pixel
-    train_y: Tensor  # (N,) int64
-    test_x: Tensor  # (M, 64) float32
-    test_y: Tensor  # (M,) int64
-
-    def to(self, device: torch.device) -> Split:
-        return replace(self, **{name: x.to(device) for name, x in vars(self).items()})
-
-
-def long_tailed_counts(imbalance: float) -> NDArray[np.int64]:
-    """Training images per class from head to tail: an exponential profile, rounded down.
-
-    >>> long_tailed_counts(40).tolist()
-    [80, 53, 35, 23, 15, 10, 6, 4, 3, 2]
-    """
-    if not 1 <= imbalance <= HEAD_COUNT:
-        raise ValueError(
-            f"expected imbalance from 1 to {HEAD_COUNT}, so that the smallest class keeps an image, got {imbalance:g}"
-        )
-    rank = np.arange(NUM_CLASSES) / (NUM_CLASSES - 1)
-    # The last entry is HEAD_COUNT / imbalance up to rounding: 1.9999999 must stay 2.
-    return np.floor(HEAD_COUNT * imbalance**-rank + 1e-6).astype(np.int64)
+    train: Dataset[Any]
+    val: Dataset[Any]
+    train_targets: Tensor  # (N,) int64
+    num_val: int
+    class_names: list[str]
+    mix: Callable[..., Any] | None = None  # MixUp or CutMix has made the targets MixedTarget
 
 
-def digits_long_tailed(seed: int, imbalance: float) -> Split:
-    """A stratified 50/50 split whose training half is thinned out to the long-tailed profile.
+class TensorBatches(Dataset[Any]):
+    """Images that fit in memory."""
 
-    Which digit is frequent and which is rare is drawn per seed, so that the mean over seeds does
-    not mix up rarity with how hard a digit is. The test half stays balanced.
-    """
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
+    def __init__(self, images: Tensor, target: Tensor) -> None:
+        self.images, self.target = images, target
 
-    x, y = load_digits(return_X_y=True)
-    train_x, test_x, train_y, test_y = train_test_split(x, y, test_size=0.5, stratify=y, random_state=seed)
-    rng = np.random.default_rng(seed)
-    classes = rng.permutation(NUM_CLASSES)
-    kept = np.concatenate(
-        [
-            rng.permutation(np.flatnonzero(train_y == label))[:count]
-            for label, count in zip(classes, long_tailed_counts(imbalance), strict=True)
-        ]
+    def __getitem__(self, request: Request) -> tuple[Tensor, Tensor]:
+        _, indices = request
+        return self.images[indices], self.target[indices]
+
+
+def derived_seed(*parts: int) -> int:
+    """A seed of its own for every combination of numbers, e.g. seed, epoch and process."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0])
+
+
+def load_data(config: TrainConfig, seed: int) -> Data:
+    """The data set that the configuration names."""
+    if config.image_folder is not None:
+        from classfair.training.image_folder import load_image_folder
+
+        return load_image_folder(config, config.image_folder, seed)
+    from classfair.training.digits import digits_long_tailed
+
+    split = digits_long_tailed(seed, config.imbalance)
+    return Data(
+        train=TensorBatches(split.train_x, split.train_y),
+        val=TensorBatches(split.test_x, split.test_y),
+        train_targets=split.train_y,
+        num_val=len(split.test_y),
+        class_names=[str(digit) for digit in range(10)],
     )
-    train_x, train_y = train_x[kept], train_y[kept]
-    mean, sd = train_x.mean(axis=0), train_x.std(axis=0)
-    sd[sd == 0] = 1.0  # border pixels that are blank in every training image
 
-    def images(a: NDArray[np.float64]) -> Tensor:
-        return torch.from_numpy((a - mean) / sd).float()
 
-    def labels(a: NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(a.astype(np.int64))
+class TrainingOrder(Sampler[Request]):
+    """Requests of one process for one epoch, the same number on every process.
 
-    return Split(images(train_x), labels(train_y), images(test_x), labels(test_y))
+    An optimiser step takes the next ``world * batch_size * grad_accum`` images of the epoch's order, the last step
+    what is left, and deals them out as evenly as it can. So what a step computes does not depend on how many processes
+    and forward passes share it. A part without an image gets one that counts for nothing (see :meth:`counts`),
+    because every process must take part in every collective.
+    """
+
+    def __init__(self, targets: Tensor, config: TrainConfig, seed: int, epoch: int, processes: Processes) -> None:
+        self.epoch = epoch
+        if config.sampler == "class-balanced":
+            sampler = ClassBalancedSampler(targets, seed=seed, num_replicas=1, rank=0)
+            sampler.set_epoch(epoch)
+            order = torch.tensor(list(sampler))
+        else:
+            generator = torch.Generator().manual_seed(derived_seed(seed, epoch))
+            order = torch.randperm(len(targets), generator=generator)
+        parts = config.grad_accum * processes.world
+        steps = order.split(parts * config.batch_size)
+        self._filler = order[:1]
+        self._requests = [step.tensor_split(parts)[processes.rank :: processes.world] for step in steps]
+
+    def counts(self, step: int, part: int) -> bool:
+        """Whether the images of a forward pass count, or only stand in for none."""
+        return len(self._requests[step][part]) > 0
+
+    @property
+    def steps(self) -> int:
+        return len(self._requests)
+
+    def __iter__(self) -> Iterator[Request]:
+        for step in self._requests:
+            for indices in step:
+                yield self.epoch, (indices if len(indices) else self._filler).tolist()
+
+    def __len__(self) -> int:
+        return sum(map(len, self._requests))
+
+
+class EvaluationOrder(Sampler[Request]):
+    """Requests of one process that together cover every image exactly once; a process may have none.
+
+    Samplers that pad to equal numbers count the first images twice, which in a folder are all of one class.
+    """
+
+    def __init__(self, num_images: int, batch_size: int, processes: Processes) -> None:
+        mine = torch.arange(num_images).tensor_split(processes.world)[processes.rank]
+        self._requests = [part.tolist() for part in mine.split(batch_size)] if len(mine) else []
+
+    def __iter__(self) -> Iterator[Request]:
+        yield from ((0, indices) for indices in self._requests)
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+
+def loader(
+    dataset: Dataset[Any], order: Sampler[Request], config: TrainConfig, device: torch.device
+) -> DataLoader[Any]:
+    """A loader for one epoch: a fresh one each time, so that nothing of its state needs saving."""
+    return DataLoader(
+        dataset,
+        sampler=order,
+        batch_size=None,  # requests are whole batches
+        collate_fn=_as_it_is,
+        num_workers=config.workers,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator().manual_seed(0),  # unused, but else drawn from the global random state
+    )
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch

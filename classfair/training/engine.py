@@ -1,169 +1,48 @@
-"""The training job: its configuration, one training run, and the runs of all seeds and losses."""
+"""One training run, and the runs of all seeds and losses."""
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import classfair
-from classfair import metrics
-from classfair.training.data import HEAD_COUNT, NUM_CLASSES, Split, digits_long_tailed
-from classfair.training.model import mlp
+from classfair.nn import CosineLinear, replace_head
+from classfair.training.config import TrainConfig
+from classfair.training.data import Data, EvaluationOrder, TrainingOrder, derived_seed, load_data, loader
+from classfair.training.distributed import Processes
+from classfair.training.models import build_model
+from classfair.training.objective import (
+    build_criterion,
+    build_lr_schedule,
+    build_optimizer,
+    build_schedules,
+    read_effective_frequency,
+)
+from classfair.training.run_folder import CHECKPOINT_VERSION, RunFolder, newest_checkpoint
+from classfair.training.totals import Epoch, RunResult, Totals
 
-WIDTHS = (64, 64, 32, NUM_CLASSES)
-LOSSES = ("ce", "la")
-COLUMNS = ("many", "medium", "few", "all", "geometric_mean", "worst_class")
-CHECKPOINT_VERSION = 1
-
-Criterion = classfair.CrossEntropyLoss | classfair.LogitAdjustedLoss
+IGNORED = -100
 
 
 class DeviceUnavailableError(RuntimeError):
     """The requested device exists in PyTorch but not on this machine."""
 
 
-def _option(default: Any, text: str, **cli: Any) -> Any:
-    """A dataclass field that carries its own help text, for the command line to show."""
-    return field(default=default, metadata={"help": text, **cli})
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """What to train. Wrong values raise ValueError: "expected X, got Y"."""
-
-    data: str = _option(
-        "digits",
-        "Data set: digits, the 8x8 pixel handwritten digits that come with scikit-learn, made "
-        "long-tailed. Half of them is the balanced test set.",
-        metavar="{digits}",
-    )
-    loss: tuple[str, ...] = _option(
-        LOSSES,
-        "Losses to train with, one or several: ce is plain cross-entropy, la is logit adjustment, "
-        "which makes up for rare classes.",
-        metavar="{ce,la} ...",
-    )
-    tau: float = _option(1.0, "Strength of logit adjustment, no unit; 0 is plain cross-entropy. Only la uses it.")
-    epochs: int = _option(150, "Passes over the training images.", aliases=("-e",))
-    batch_size: int = _option(64, "Training images per optimiser step.", aliases=("-b",))
-    lr: float = _option(0.1, "Learning rate at the start; it falls to 0 along a cosine.")
-    momentum: float = _option(0.9, "Momentum of SGD, from 0 up to but excluding 1.")
-    weight_decay: float = _option(5e-4, "L2 penalty of SGD on all parameters, at least 0.", aliases=("--wd",))
-    seed: int = _option(0, "First random seed. A seed fixes data split, rare classes, initial weights and batches.")
-    seeds: int = _option(3, "Number of seeds, counted up from --seed; every loss is trained once with each.")
-    imbalance: float = _option(
-        40.0,
-        "Images of the most frequent class per image of the rarest, from 1 (balanced) to "
-        f"{HEAD_COUNT}. The most frequent class has {HEAD_COUNT} training images.",
-    )
-    many_shot: int = _option(25, "A class with more training images than this counts as many-shot in the table.")
-    few_shot: int = _option(5, "A class with fewer training images than this counts as few-shot in the table.")
-    device: str = _option("cpu", "Where to compute: cpu, cuda or cuda:N.", metavar="DEVICE")
-
-    def __post_init__(self) -> None:
-        known = len(self.loss) > 0 and set(self.loss) <= set(LOSSES)
-        rules = {
-            "data": (self.data == "digits", "to be digits"),
-            "loss": (known, f"to be one or several of {', '.join(LOSSES)}"),
-            "tau": (_within(self.tau, 0), "of at least 0"),
-            "epochs": (self.epochs >= 1, "of at least 1"),
-            "batch_size": (self.batch_size >= 1, "of at least 1"),
-            "lr": (_within(self.lr, 0) and self.lr > 0, "greater than 0"),
-            "momentum": (0 <= self.momentum < 1, "from 0 up to but excluding 1"),
-            "weight_decay": (_within(self.weight_decay, 0), "of at least 0"),
-            "seed": (0 <= self.seed < 2**32 - max(self.seeds, 1), "from 0 up to 2**32 - seeds"),
-            "seeds": (self.seeds >= 1, "of at least 1"),
-            "imbalance": (
-                1 <= self.imbalance <= HEAD_COUNT,
-                f"from 1 to {HEAD_COUNT} (above, the rarest class gets no image)",
-            ),
-            "few_shot": (
-                0 <= self.few_shot <= self.many_shot,
-                f"from 0 to many_shot ({self.many_shot})",
-            ),
-        }
-        for name, (holds, expected) in rules.items():
-            if not holds:
-                value = getattr(self, name)
-                shown = " ".join(value) or "none" if isinstance(value, tuple) else value
-                raise ValueError(f"expected {name} {expected}, got {shown}")
-        object.__setattr__(self, "loss", tuple(dict.fromkeys(self.loss)))
-
-    def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "loss": list(self.loss)}
-
-
-def _within(value: float, low: float) -> bool:
-    return math.isfinite(value) and value >= low
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """Where a run stands after an epoch."""
-
-    loss: str
-    seed: int
-    epoch: int  # counted from 1
-    train_loss: float
-    correct: NDArray[np.int64]  # (C,) on the test half
-    test_count: NDArray[np.int64]  # (C,)
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """One loss with one seed: counts and accuracies per class after the last epoch."""
-
-    loss: str
-    seed: int
-    train_count: NDArray[np.int64]  # (C,)
-    test_count: NDArray[np.int64]  # (C,)
-    correct: NDArray[np.int64]  # (C,) on the test half
-    train_accuracy: NDArray[np.float64]  # (C,) measured during the last training epoch
-    train_loss: list[float]  # per epoch
-
-    @property
-    def accuracy(self) -> NDArray[np.float64]:
-        return metrics.per_class_accuracy(self.correct, self.test_count)
-
-    def columns(self, config: TrainConfig) -> dict[str, float]:
-        """The columns of the closing table, in the order of COLUMNS."""
-        accuracy = self.accuracy
-        groups = metrics.shot_accuracy(accuracy, self.train_count, many=config.many_shot, few=config.few_shot)
-        return {
-            **groups,
-            "all": metrics.balanced_accuracy(accuracy),
-            "geometric_mean": metrics.geometric_mean_accuracy(accuracy),
-            "worst_class": metrics.worst_class_accuracy(accuracy),
-        }
-
-
-def summarise(results: list[RunResult], config: TrainConfig) -> dict[str, Any]:
-    """Mean and sample standard deviation over seeds: ``summary[loss][column]["mean" | "sd"]``."""
-    summary: dict[str, Any] = {}
-    for loss in config.loss:
-        rows = [result.columns(config) for result in results if result.loss == loss]
-        summary[loss] = {column: _mean_sd([row[column] for row in rows]) for column in COLUMNS}
-    return summary
-
-
-def _mean_sd(values: list[float]) -> dict[str, float]:
-    sd = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
-    return {"mean": float(np.mean(values)), "sd": sd}
-
-
 def resolve_device(name: str) -> torch.device:
-    """The device of that name, after checking that it works here."""
+    """The device of that name, after checking that it works here; ``auto`` is a GPU if there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"expected device to be cpu, cuda or cuda:N, got {name}") from None
+        raise ValueError(f"expected device to be auto, cpu, cuda or cuda:N, got {name}") from None
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError):
@@ -171,88 +50,227 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def build_criterion(loss: str, class_counts: torch.Tensor, tau: float) -> Criterion:
-    if loss == "la":
-        return classfair.LogitAdjustedLoss(class_counts, tau=tau)
-    return classfair.CrossEntropyLoss()
+class Run:
+    """One loss with one seed: everything that a checkpoint holds.
 
-
-def train_epoch(
-    model: nn.Module,
-    criterion: Criterion,
-    optimizer: torch.optim.Optimizer,
-    split: Split,
-    batches: tuple[torch.Tensor, ...],
-) -> tuple[float, NDArray[np.float64]]:
-    """Mean loss per image and accuracy per class (C,) of one pass over the training images."""
-    model.train()
-    criterion.train()
-    loss_sum = torch.zeros((), device=split.train_x.device)
-    counts = torch.zeros(2, NUM_CLASSES, dtype=torch.int64, device=split.train_x.device)
-    for index in batches:
-        logits = model(split.train_x[index])  # (B, C)
-        loss, stats = criterion.with_stats(logits, split.train_y[index])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        loss_sum += loss.detach() * len(index)
-        counts += torch.cat([stats.correct, stats.count])  # 2 x (1, C)
-    return float(loss_sum) / len(split.train_y), metrics.per_class_accuracy(*counts)
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, criterion: Criterion, split: Split) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Correct and all test images per class, (C,) each."""
-    model.eval()
-    criterion.eval()
-    _, stats = criterion.with_stats(model(split.test_x), split.test_y)
-    return stats.correct[0].cpu().numpy(), stats.count[0].cpu().numpy()
-
-
-def fit(
-    loss: str, seed: int, split: Split, config: TrainConfig, on_epoch: Callable[[Epoch], None]
-) -> tuple[RunResult, dict[str, Any]]:
-    """Train once; returns the result and the checkpoint of the last epoch.
-
-    Weights and batches come from two generators of the same seed, whatever the loss: runs that
-    differ only in the loss are paired.
+    Random numbers come from seeds derived from (seed, epoch) and, where processes must differ, the process: so runs
+    that differ only in the loss are paired, and an interrupted run has no random state to lose.
     """
-    device = split.train_x.device
-    model = mlp(WIDTHS, torch.Generator().manual_seed(seed)).to(device)
-    shuffle = torch.Generator().manual_seed(seed)
-    counts = classfair.class_counts(split.train_y, NUM_CLASSES)
-    criterion = build_criterion(loss, counts, config.tau).to(device)
-    optimizer = torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.epochs)
-    losses: list[float] = []
-    for epoch in range(1, config.epochs + 1):
-        order = torch.randperm(len(split.train_y), generator=shuffle).to(device)
-        batches = order.split(config.batch_size)
-        train_loss, train_accuracy = train_epoch(model, criterion, optimizer, split, batches)
+
+    def __init__(
+        self, loss: str, seed: int, data: Data, config: TrainConfig, device: torch.device, processes: Processes
+    ) -> None:
+        self.loss, self.seed, self.data, self.config = loss, seed, data, config
+        self.device, self.processes = device, processes
+        num_classes = len(data.class_names)
+        counts = classfair.class_counts(data.train_targets, num_classes)
+        frequency = None
+        if config.effective_frequency:
+            frequency = read_effective_frequency(Path(config.effective_frequency), seed, data.class_names)
+        self.model = build_model(config, num_classes, seed)
+        if loss == "ldam":
+            torch.manual_seed(derived_seed(seed, 0))
+            replace_head(self.model, lambda head: CosineLinear(head.in_features, num_classes, config.cosine_scale))
+        self.model.to(device)
+        self.criterion = build_criterion(loss, config, counts, frequency).to(device)
+        self.optimizer = build_optimizer(self.model, config)
+        self.lr_schedule = build_lr_schedule(self.optimizer, config)
+        self.schedules = build_schedules(self.criterion, config, counts)
+        scaled = config.amp and config.amp_dtype == "float16"
+        self.scaler = torch.amp.GradScaler(device.type, enabled=scaled)
+        self.counts, self.epoch, self.train_loss = counts, 0, []  # type: ignore[var-annotated]
+        self.train: Totals | None = None
+        self.val: Totals | None = None
+        self.net = self._parallel()
+
+    def _parallel(self) -> nn.Module:
+        """What the training step calls: the model, its gradients averaged over all processes."""
+        net = self.model
+        if self.processes.world > 1:
+            if self.config.sync_bn:
+                net = self.model = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+            net = DistributedDataParallel(net, device_ids=[self.device] if self.device.type == "cuda" else None)
+        return torch.compile(net) if self.config.compile else net  # type: ignore[return-value]
+
+    def train_epoch(self) -> Totals:
+        """Statistics of one pass over the training images, taken from the pass itself."""
+        self.model.train()
+        self.criterion.train()
+        # Dropout differs between processes; the generator of workers is fixed because images seed themselves.
+        torch.manual_seed(derived_seed(self.seed, self.epoch, self.processes.rank, 2))
+        totals = Totals(len(self.data.class_names), self.device)
+        order = TrainingOrder(self.data.train_targets, self.config, self.seed, self.epoch, self.processes)
+        batches = self._batches(loader(self.data.train, order, self.config, self.device))
+        for step in range(order.steps):
+            window = []
+            for part in range(self.config.grad_accum):
+                images, target = next(batches)
+                window.append((images, target if order.counts(step, part) else _ignored(target)))
+            self._step(window, totals)
+        return totals.merge(self.processes)
+
+    def _step(self, window: list[tuple[Tensor, Any]], totals: Totals) -> None:
+        """One optimiser step: the mean loss over all images of all forward passes and processes."""
+        weights = [self.criterion.total_weight(target) for _, target in window]
+        total = self.processes.sum_(torch.stack(weights).sum())
+        # DDP averages over processes: undo that. Nothing to learn from is a gradient of 0.
+        share = torch.where(total > 0, self.processes.world / total, 0.0)
+        self.optimizer.zero_grad()
+        for i, ((images, target), weight) in enumerate(zip(window, weights, strict=True)):
+            with self._no_sync(wait=i + 1 < len(window)):
+                with self._autocast():
+                    logits = self.net(images)  # (B, C)
+                loss, stats = self.criterion.with_stats(logits, target, differentiable=False)
+                self.scaler.scale(loss * share).backward()
+            totals.add(loss, weight, stats)
+        if self.config.clip_grad:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    @torch.no_grad()
+    def evaluate(self) -> Totals:
+        """Statistics of the validation images, every one exactly once over all processes."""
+        self.model.eval()
+        self.criterion.eval()
+        totals = Totals(len(self.data.class_names), self.device)
+        order = EvaluationOrder(self.data.num_val, self.config.val_batch_size, self.processes)
+        for images, target in self._batches(loader(self.data.val, order, self.config, self.device)):
+            with self._autocast():
+                logits = self.model(images)
+            loss, stats = self.criterion.with_stats(logits, target)
+            totals.add(loss, stats.count.sum(), stats)
+        return totals.merge(self.processes)
+
+    def _batches(self, batches: Iterable[Any]) -> Iterator[tuple[Tensor, Any]]:
+        for batch in batches:
+            if isinstance(batch, Exception):
+                raise batch
+            images, target = batch
+            if isinstance(target, Tensor):
+                target = target.to(self.device, non_blocking=True)
+            else:
+                target = type(target)(*(part.to(self.device, non_blocking=True) for part in target))
+            yield images.to(self.device, non_blocking=True), target
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        dtype = getattr(torch, self.config.amp_dtype)
+        return torch.autocast(self.device.type, dtype, enabled=self.config.amp)
+
+    def _no_sync(self, *, wait: bool) -> contextlib.AbstractContextManager[Any]:
+        """Gradients of all but the last forward pass of a step wait for it before they are averaged."""
+        net: Any = self.net
+        return net.no_sync() if wait and self.processes.world > 1 else contextlib.nullcontext()
+
+    def next_epoch(self) -> Epoch:
+        """Train for one epoch and evaluate."""
+        lr = self.optimizer.param_groups[0]["lr"]
+        self.train = self.train_epoch()
+        train_loss = self.train.mean_loss
         if not math.isfinite(train_loss):
             raise FloatingPointError(
-                f"expected finite {loss} loss, got {train_loss} in epoch {epoch}: try a smaller lr"
+                f"expected finite {self.loss} loss, got {train_loss} in epoch {self.epoch + 1}: try a smaller lr"
             )
-        schedule.step()
-        losses.append(train_loss)
-        correct, test_count = evaluate(model, criterion, split)
-        on_epoch(Epoch(loss, seed, epoch, train_loss, correct, test_count))
-    result = RunResult(loss, seed, counts.cpu().numpy(), test_count, correct, train_accuracy, losses)
-    states: dict[str, Any] = {"model": model, "criterion": criterion, "optimizer": optimizer}
-    return result, {
-        "format_version": CHECKPOINT_VERSION,
-        "loss": loss,
-        "seed": seed,
-        "epoch": config.epochs,
-        "config": config.as_dict(),
-        **{name: part.state_dict() for name, part in states.items()},
-    }
+        for schedule in (self.lr_schedule, *self.schedules):
+            schedule.step()
+        self.epoch += 1
+        self.train_loss.append(train_loss)
+        self.val = self.evaluate()
+        return Epoch(self.loss, self.seed, self.epoch, self.train, self.val, lr)
+
+    def result(self) -> RunResult:
+        assert self.train is not None
+        assert self.val is not None
+        count = self.counts.numpy()
+        return RunResult(
+            self.loss, self.seed, self.data.class_names, count, self.train, self.val, list(self.train_loss)
+        )
+
+    def _parts(self) -> dict[str, Any]:
+        parts = {"model": self.model, "criterion": self.criterion, "optimizer": self.optimizer}
+        parts |= {"lr_schedule": self.lr_schedule, "scaler": self.scaler}
+        return parts | {f"schedule{i}": schedule for i, schedule in enumerate(self.schedules)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The content of a checkpoint: tensors and plain values only."""
+        assert self.train is not None
+        assert self.val is not None
+        return {
+            "format_version": CHECKPOINT_VERSION,
+            "loss": self.loss,
+            "seed": self.seed,
+            "epoch": self.epoch,
+            "config": self.config.as_dict(),
+            "class_names": self.data.class_names,
+            "train_loss": self.train_loss,
+            "train": self.train.state_dict(),
+            "val": self.val.state_dict(),
+            **{name: part.state_dict() for name, part in self._parts().items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where a checkpoint stands; ValueError if it is that of another job."""
+        if state["class_names"] != self.data.class_names:
+            raise ValueError("expected a checkpoint with the classes of the data, got other classes")
+        try:
+            for name, part in self._parts().items():
+                part.load_state_dict(state[name])
+        except (RuntimeError, KeyError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"expected a checkpoint of model {self.config.model}, got another one ({reason})"
+            ) from None
+        self.epoch, self.train_loss = state["epoch"], list(state["train_loss"])
+        self.train, self.val = Totals.from_state(state["train"]), Totals.from_state(state["val"])
 
 
-def run_all(config: TrainConfig, on_epoch: Callable[[Epoch], None]) -> Iterator[tuple[RunResult, dict[str, Any]]]:
-    """Every loss with every seed; yields each run as soon as it is finished."""
-    device = resolve_device(config.device)
-    for seed in range(config.seed, config.seed + config.seeds):
-        split = digits_long_tailed(seed, config.imbalance).to(device)
-        for loss in config.loss:
-            yield fit(loss, seed, split, config, on_epoch)
+def _ignored(target: Any) -> Any:
+    """The same target, counting for nothing."""
+    if isinstance(target, Tensor):
+        return torch.full_like(target, IGNORED)
+    return target._replace(y_a=_ignored(target.y_a), y_b=_ignored(target.y_b))
+
+
+def run_all(
+    config: TrainConfig,
+    folder: RunFolder | None,
+    on_epoch: Callable[[Epoch], None],
+    device: torch.device,
+    processes: Processes,
+    resume: Path | None = None,
+) -> list[RunResult]:
+    """Train every loss with every seed. Only the main process has a folder; all read ``resume``."""
+    results = []
+    with _own_random_state(device):
+        for seed in range(config.seed, config.seed + config.seeds):
+            data = load_data(config, seed)
+            for loss in config.loss:
+                run = Run(loss, seed, data, config, device, processes)
+                if resume is not None and (state := newest_checkpoint(resume, f"{loss}-seed{seed}")):
+                    run.load_state_dict(state)
+                results.append(fit(run, folder, on_epoch))
+    return results
+
+
+def fit(run: Run, folder: RunFolder | None, on_epoch: Callable[[Epoch], None]) -> RunResult:
+    """Train until the last epoch, with a checkpoint every ``save_every`` epochs and at the end."""
+    name = f"{run.loss}-seed{run.seed}"
+    if folder is not None:
+        folder.begin(name, run.epoch)
+    while run.epoch < run.config.epochs:
+        now = run.next_epoch()
+        last = run.epoch == run.config.epochs
+        if folder is not None:
+            folder.log(name, now)
+            if last or run.epoch % run.config.save_every == 0:
+                folder.write_checkpoint(name, run.state_dict(), last=last)
+        on_epoch(now)
+    return run.result()
+
+
+@contextlib.contextmanager
+def _own_random_state(device: torch.device) -> Iterator[None]:
+    """Leave the caller's random state as it was."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield

@@ -7,30 +7,30 @@ import io
 import json
 import math
 import os
-import platform
+import sys
 import tempfile
-from importlib.metadata import version
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
-import numpy as np
 import torch
 
-import classfair
-from classfair.training.engine import COLUMNS, RunResult, TrainConfig, summarise
+from classfair.training.totals import CLASS_COLUMNS, Epoch
 
-METRICS_VERSION = 1
-STYLE = {  # label, colour (told apart by colour-blind readers too), marker, shift of the dots
-    "ce": ("cross-entropy", "#D55E00", "s", -0.12),
-    "la": ("logit adjustment", "#0072B2", "o", 0.12),
-}
+CHECKPOINT_VERSION = 2
+CONFIG = "config.json"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be gone on with."""
 
 
 class RunFolder:
-    """A new folder for one job. A job that fails before its first checkpoint leaves nothing.
+    """The folder of one job. A job that fails before its first checkpoint leaves nothing of a new one.
 
-    Raises OSError with a one-line message if the folder holds files or cannot be written to.
+    Raises OSError with a one-line message if a new folder holds files, or any cannot be written to.
 
     Use it as a context manager around the job:
 
@@ -38,17 +38,21 @@ class RunFolder:
             folder.write_json("config.json", {...})
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, resume: bool = False) -> None:
         self.path = path
-        self.checkpoints: list[Path] = []
+        self.finished: list[str] = []
+        self.has_checkpoint = resume
         self._created: list[Path] = []
         self._written: list[Path] = []
+        self._board: Any = None
         try:
             self._created += [p for p in (path, *path.parents) if not p.exists()]  # deepest first
             path.mkdir(parents=True, exist_ok=True)
-            if entries := sorted(entry.name for entry in path.iterdir()):
+            if not resume and (entries := sorted(entry.name for entry in path.iterdir())):
                 raise FileExistsError(f"expected a new or empty output folder, got {path}, which holds {entries[0]}")
             tempfile.TemporaryFile(dir=path).close()
+            for unfinished in path.rglob(".*.[0-9]*"):  # a kill left them
+                unfinished.unlink()
         except OSError as error:
             self._remove_created()
             if error.strerror is None:
@@ -65,45 +69,88 @@ class RunFolder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is not None and not self.checkpoints:
+        if self._board is not None:
+            self._board.close()
+        if kind is not None and not self.has_checkpoint:
             for path in self._written:
                 path.unlink(missing_ok=True)
             self._remove_created()
 
-    def write(self, name: str, content: bytes) -> Path:
+    def write(self, name: str, content: bytes | Callable[[BinaryIO], object]) -> Path:
         """Write to a temporary neighbour, force it to disk, then rename: never half a file."""
-        target = self.path / name
-        if not target.parent.exists():
-            target.parent.mkdir()
-            self._created.insert(0, target.parent)
+        target = self._place(name)
         temporary = target.with_name(f".{target.name}.{os.getpid()}")
         try:
             with temporary.open("xb") as file:
-                file.write(content)
+                if callable(content):
+                    content(file)
+                else:
+                    file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(target)
         except BaseException:  # an interrupt too
             temporary.unlink(missing_ok=True)
             raise
-        self._written.append(target)
+        _sync_folder(target.parent)
         return target
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         text = json.dumps(json_ready(content), indent=2, allow_nan=False)
         self.write(name, text.encode() + b"\n")
 
-    def write_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        buffer = io.BytesIO()
-        torch.save(checkpoint, buffer)
-        name = f"checkpoints/{checkpoint['loss']}-seed{checkpoint['seed']}.pt"
-        self.checkpoints.append(self.write(name, buffer.getvalue()))
+    def write_checkpoint(self, name: str, state: dict[str, Any], *, last: bool) -> None:
+        """Replace the checkpoint of a run, keeping the one before until the run is finished."""
+        target, previous = _checkpoints(self.path, name)
+        if target.exists():
+            target.replace(previous)
+        self.write(str(target.relative_to(self.path)), lambda file: torch.save(state, file))
+        self.has_checkpoint = True
+        if last:
+            previous.unlink(missing_ok=True)
+            self.finished.append(name)
 
-    def write_report(self, results: list[RunResult], config: TrainConfig) -> None:
-        """Everything that needs all runs: metrics.json, per_class.csv, per_class_accuracy.png."""
-        self.write_json("metrics.json", report(results, config))
-        self.write("per_class.csv", per_class_csv(results).encode())
-        self.write("per_class_accuracy.png", accuracy_chart(results, config))
+    def begin(self, name: str, epoch: int) -> None:
+        """Start or go on with a run after that epoch: what was logged later was lost with its weights."""
+        log = self.path / "statistics" / f"{name}.csv"
+        if log.exists():
+            header, *rows = log.read_text().splitlines(keepends=True)
+            kept = [row for row in rows if row.endswith("\n") and int(row.partition(",")[0]) <= epoch]
+            self.write(f"statistics/{name}.csv", "".join([header, *kept]).encode())
+
+    def log(self, name: str, now: Epoch) -> None:
+        """Per-class statistics of an epoch, and its scalars for TensorBoard where that is installed."""
+        log = self._place(f"statistics/{name}.csv")
+        text = io.StringIO()
+        table = csv.writer(text, lineterminator="\n")
+        if not log.exists():
+            table.writerow(["epoch", "class", *(f"{part}_{c}" for part in ("train", "val") for c in CLASS_COLUMNS)])
+        for c, (train, val) in enumerate(zip(now.train.rows(), now.val.rows(), strict=True)):
+            table.writerow([now.epoch, c, *train, *val])
+        with log.open("a") as file:
+            file.write(text.getvalue())
+        self._log_scalars(name, now)
+
+    def _log_scalars(self, name: str, now: Epoch) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return
+        if self._board is None:
+            self._board = SummaryWriter(str(self.path / "tensorboard"))
+            self._written += (self.path / "tensorboard").iterdir()
+            self._created.insert(0, self.path / "tensorboard")
+        for key, value in now.summary().items():
+            self._board.add_scalar(f"{name}/{key}", value, now.epoch)
+
+    def _place(self, name: str) -> Path:
+        target = self.path / name
+        if not target.parent.exists():
+            target.parent.mkdir()
+            self._created.insert(0, target.parent)
+        if not target.exists():
+            self._written.append(target)
+        return target
 
     def _remove_created(self) -> None:
         for path in self._created:
@@ -113,6 +160,46 @@ class RunFolder:
                 continue
 
 
+def _checkpoints(path: Path, name: str) -> tuple[Path, Path]:
+    folder = path / "checkpoints"
+    return folder / f"{name}.pt", folder / f"{name}.previous.pt"
+
+
+def _sync_folder(path: Path) -> None:
+    """A rename is on disk only when its folder is."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def newest_checkpoint(path: Path, name: str) -> dict[str, Any] | None:
+    """The newest whole checkpoint of a run, None if there is none; CheckpointError for one of another version."""
+    files = [file for file in _checkpoints(path, name) if file.exists()]
+    for file in files:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                damaged = archive.testzip()  # torch.load checks no checksum
+            state = None if damaged else torch.load(file, map_location="cpu", weights_only=True)
+        except (OSError, zipfile.BadZipFile, RuntimeError, EOFError):
+            state = None
+        if state is None:
+            print(f"classfair train: {file} is damaged", file=sys.stderr)
+            continue
+        version = state.get("format_version")
+        if version != CHECKPOINT_VERSION:
+            age = "a newer" if isinstance(version, int) and version > CHECKPOINT_VERSION else "an older"
+            raise CheckpointError(
+                f"expected a checkpoint of format {CHECKPOINT_VERSION}, got {file} of format {version},"
+                f" which {age} classfair wrote"
+            )
+        return state
+    if files:
+        raise CheckpointError(f"expected a whole checkpoint of {name} in {path}, got damaged ones only")
+    return None
+
+
 def json_ready(value: Any) -> Any:
     """Strict JSON has no nan: it becomes null."""
     if isinstance(value, dict):
@@ -120,97 +207,3 @@ def json_ready(value: Any) -> Any:
     if isinstance(value, list):
         return [json_ready(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def resolved_config(config: TrainConfig, output: Path) -> dict[str, Any]:
-    """The configuration with everything that a repetition needs to know."""
-    versions = {
-        "classfair": classfair.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "scikit-learn": version("scikit-learn"),
-    }
-    return {**config.as_dict(), "output": str(output), "versions": versions}
-
-
-def report(results: list[RunResult], config: TrainConfig) -> dict[str, Any]:
-    """The content of metrics.json; the same job gives the same content."""
-    runs = [
-        {
-            "loss": result.loss,
-            "seed": result.seed,
-            **result.columns(config),
-            "accuracy": result.accuracy.tolist(),
-            "train_accuracy": result.train_accuracy.tolist(),
-            "train_count": result.train_count.tolist(),
-            "train_loss": result.train_loss,
-        }
-        for result in results
-    ]
-    return {
-        "format_version": METRICS_VERSION,
-        "columns": list(COLUMNS),
-        "summary": summarise(results, config),
-        "runs": runs,
-    }
-
-
-def per_class_csv(results: list[RunResult]) -> str:
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["loss", "seed", "class", "train_count", "test_count", "correct", "accuracy"])
-    for result in results:
-        counts = zip(result.train_count, result.test_count, result.correct, strict=True)
-        for label, (row, accuracy) in enumerate(zip(counts, result.accuracy, strict=True)):
-            table.writerow([result.loss, result.seed, label, *row, float(accuracy)])
-    return text.getvalue()
-
-
-def accuracy_chart(results: list[RunResult], config: TrainConfig) -> bytes:
-    """PNG: accuracy of every class, classes sorted from most to fewest training images."""
-    from matplotlib.figure import Figure  # no pyplot: no display, no global state
-
-    figure = Figure(figsize=(8, 4.8), layout="constrained")
-    axes = figure.subplots()
-    for loss in config.loss:
-        runs = [result for result in results if result.loss == loss]
-        order = [np.argsort(-run.train_count, kind="stable") for run in runs]
-        percent = 100 * np.stack([r.accuracy[o] for r, o in zip(runs, order, strict=True)])
-        rank = np.arange(1, percent.shape[1] + 1)
-        label, color, marker, shift = STYLE[loss]
-        axes.plot(rank, percent.mean(0), color=color, marker=marker, lw=2, label=label)
-        if len(runs) > 1:  # one dot per seed, beside the line so that both losses stay visible
-            beside = np.broadcast_to(rank + shift, percent.shape)
-            axes.scatter(beside, percent, s=14, color=color, alpha=0.45, lw=0)
-    counts = np.sort(results[0].train_count)[::-1]  # the profile is the same for every seed
-    _mark_groups(axes, counts, config)
-    seeds = f"lines: mean, dots: {config.seeds} seeds" if config.seeds > 1 else "1 seed"
-    axes.set_title(f"Digits, {config.imbalance:g}:1 long-tailed: accuracy per class ({seeds})")
-    axes.set_xlabel("training images of the class (classes sorted from most to fewest)")
-    axes.set_ylabel("test accuracy of the class (%)")
-    axes.set_xticks(rank, [str(count) for count in counts])
-    axes.set_ylim(0, 108)
-    axes.set_yticks(range(0, 101, 20))
-    axes.grid(axis="y", alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower left", frameon=False)
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=150)
-    return png.getvalue()
-
-
-def _mark_groups(axes: Any, counts: np.ndarray, config: TrainConfig) -> None:
-    """Name the many-, medium- and few-shot classes above the curves, with lines between them."""
-    is_many, is_few = counts > config.many_shot, counts < config.few_shot
-    groups = {
-        f"many (> {config.many_shot})": is_many,
-        "medium": ~(is_many | is_few),
-        f"few (< {config.few_shot})": is_few,
-    }
-    for name, members in groups.items():
-        if members.any():
-            first, last = np.flatnonzero(members)[[0, -1]] + 1
-            axes.text((first + last) / 2, 104, name, ha="center", va="center", color="0.35")
-            if last < len(counts):
-                axes.axvline(last + 0.5, color="0.6", lw=1, ls="--")

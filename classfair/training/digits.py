@@ -1,0 +1,73 @@
+"""digits-LT: scikit-learn's bundled handwritten digits, made long-tailed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+NUM_CLASSES = 10
+HEAD_COUNT = 80  # training images of the largest class; half of the digits has at least 87 of each
+
+
+@dataclass(frozen=True)
+class Split:
+    """Training and test images of one seed."""
+
+    train_x: Tensor  # (N, 64) float32, standardised per pixel
+    train_y: Tensor  # (N,) int64
+    test_x: Tensor  # (M, 64) float32
+    test_y: Tensor  # (M,) int64
+
+    def to(self, device: torch.device) -> Split:
+        return replace(self, **{name: x.to(device) for name, x in vars(self).items()})
+
+
+def long_tailed_counts(imbalance: float) -> NDArray[np.int64]:
+    """Training images per class from head to tail: an exponential profile, rounded down.
+
+    >>> long_tailed_counts(40).tolist()
+    [80, 53, 35, 23, 15, 10, 6, 4, 3, 2]
+    """
+    if not 1 <= imbalance <= HEAD_COUNT:
+        raise ValueError(
+            f"expected imbalance from 1 to {HEAD_COUNT}, so that the smallest class keeps an image, got {imbalance:g}"
+        )
+    rank = np.arange(NUM_CLASSES) / (NUM_CLASSES - 1)
+    # The last entry is HEAD_COUNT / imbalance up to rounding: 1.9999999 must stay 2.
+    return np.floor(HEAD_COUNT * imbalance**-rank + 1e-6).astype(np.int64)
+
+
+def digits_long_tailed(seed: int, imbalance: float) -> Split:
+    """A stratified 50/50 split whose training half is thinned out to the long-tailed profile.
+
+    Which digit is frequent and which is rare is drawn per seed, so that the mean over seeds does
+    not mix up rarity with how hard a digit is. The test half stays balanced.
+    """
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    x, y = load_digits(return_X_y=True)
+    train_x, test_x, train_y, test_y = train_test_split(x, y, test_size=0.5, stratify=y, random_state=seed)
+    rng = np.random.default_rng(seed)
+    classes = rng.permutation(NUM_CLASSES)
+    kept = np.concatenate(
+        [
+            rng.permutation(np.flatnonzero(train_y == label))[:count]
+            for label, count in zip(classes, long_tailed_counts(imbalance), strict=True)
+        ]
+    )
+    train_x, train_y = train_x[kept], train_y[kept]
+    mean, sd = train_x.mean(axis=0), train_x.std(axis=0)
+    sd[sd == 0] = 1.0  # border pixels that are blank in every training image
+
+    def images(a: NDArray[np.float64]) -> Tensor:
+        return torch.from_numpy((a - mean) / sd).float()
+
+    def labels(a: NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(a.astype(np.int64))
+
+    return Split(images(train_x), labels(train_y), images(test_x), labels(test_y))

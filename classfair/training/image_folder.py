@@ -1,0 +1,193 @@
+"""Folders of images, one per class, through torchvision's transforms."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
+from classfair.data import MixedTargetCollate
+from classfair.training.config import TrainConfig
+from classfair.training.data import Data, Request, derived_seed
+
+Sample = tuple[str, int]  # path and label
+
+IGNORED = -100
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, which pretrained models expect
+RESIZE = 256 / 224  # shorter side of validation images before the centre crop, in crops
+
+
+class BadImageError(RuntimeError):
+    """An image that cannot be read."""
+
+
+class ImageBatches(Dataset[Any]):
+    """Batches of images read from disk.
+
+    Every image is augmented from a seed of its own (seed, epoch, index): the same in whichever process and batch it is
+    read, and however often a job was interrupted.
+    """
+
+    def __init__(
+        self,
+        samples: list[Sample],
+        transform: Callable[[Any], Tensor],
+        collate: Callable[..., Any],
+        seed: int,
+        *,
+        skip_bad: bool,
+    ) -> None:
+        self.samples, self.transform, self.collate = samples, transform, collate
+        self.seed, self.skip_bad = seed, skip_bad
+
+    def __getitem__(self, request: Request) -> Any:
+        epoch, indices = request
+        state = torch.get_rng_state()
+        try:
+            images = [self._read(epoch, index) for index in indices]
+            # The first image names the batch; 1 keeps its mixing apart from its augmentation.
+            torch.default_generator.manual_seed(derived_seed(self.seed, epoch, indices[0], 1))
+            return self.collate(images)
+        except BadImageError as error:
+            return error  # raised in a worker it would arrive wrapped in that worker's traceback
+        finally:
+            torch.set_rng_state(state)
+
+    def _read(self, epoch: int, index: int) -> tuple[Tensor, int]:
+        from PIL import Image
+        from torchvision.datasets.folder import default_loader
+
+        path, label = self.samples[index]
+        torch.default_generator.manual_seed(derived_seed(self.seed, epoch, index))
+        try:
+            image = default_loader(path)
+        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises, by format
+            reason = str(error) or type(error).__name__
+            if not self.skip_bad:
+                raise BadImageError(
+                    f"expected an image, got {path} ({reason}); --bad-images skip leaves it out"
+                ) from None
+            print(f"classfair train: skipped {path} ({reason})", file=sys.stderr)
+            image, label = Image.new("RGB", (64, 64)), IGNORED
+        return self.transform(image), label
+
+
+def load_image_folder(config: TrainConfig, folder: Path, seed: int) -> Data:
+    """Training and validation images of a folder; ValueError about what is missing."""
+    train_dir, val_dir = folder, Path(config.val_dir)
+    if not config.val_dir and not config.split:
+        train_dir, val_dir = folder / "train", folder / "val"
+        if not (train_dir.is_dir() and val_dir.is_dir()):
+            raise ValueError(f"expected val_dir, split, or folders train and val in {folder}, got none of them")
+    names = _class_folders(train_dir)
+    train = _samples(train_dir, names)
+    _check_complete(train, names, f"training images of every class in {train_dir}", "")
+    if config.split:
+        train, val = _split(train, config.split, seed)
+    else:
+        if unknown := sorted(set(_class_folders(val_dir)) - set(names)):
+            raise ValueError(f"expected classes of {train_dir} in {val_dir}, got {_some(unknown)} as well")
+        val = _samples(val_dir, names)
+    if not config.allow_missing:
+        hint = "; --allow-missing leaves such classes out of all means"
+        _check_complete(val, names, "validation images of every class", hint)
+    collate = MixedTargetCollate(_mix(config)) if config.mixup or config.cutmix else default_collate
+    skip = config.bad_images == "skip"
+    return Data(
+        train=ImageBatches(train, _train_transform(config), collate, seed, skip_bad=skip),
+        val=ImageBatches(val, _val_transform(config), default_collate, seed, skip_bad=skip),
+        train_targets=torch.tensor([label for _, label in train]),
+        num_val=len(val),
+        class_names=names,
+    )
+
+
+def _class_folders(folder: Path) -> list[str]:
+    """Names of the classes, in the order of their labels."""
+    if not folder.is_dir():
+        raise ValueError(
+            f"expected a folder of images, got {folder}, which is {'a file' if folder.exists() else 'missing'}"
+        )
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if not names:
+        raise ValueError(f"expected one folder of images per class in {folder}, got none")
+    return names
+
+
+def _samples(folder: Path, names: list[str]) -> list[Sample]:
+    """Images of the classes by name: a class that is missing here must not shift the labels of the others."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
+    return make_dataset(folder, {name: c for c, name in enumerate(names)}, IMG_EXTENSIONS, allow_empty=True)
+
+
+def _check_complete(samples: list[Sample], names: list[str], expected: str, hint: str) -> None:
+    present = {label for _, label in samples}
+    if missing := [name for c, name in enumerate(names) if c not in present]:
+        raise ValueError(f"expected {expected}, got none of {_some(missing)}{hint}")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _split(samples: list[Sample], share: float, seed: int) -> tuple[list[Sample], list[Sample]]:
+    from sklearn.model_selection import train_test_split
+
+    labels = [label for _, label in samples]
+    try:
+        train, val = train_test_split(samples, test_size=share, stratify=labels, random_state=seed)
+    except ValueError as error:
+        raise ValueError(
+            f"expected a split that leaves images of every class on both sides, got {share} ({error})"
+        ) from None
+    return train, val
+
+
+def _train_transform(config: TrainConfig) -> Callable[[Any], Tensor]:
+    from torchvision.transforms import v2
+
+    policies = {
+        "ra": v2.RandAugment,
+        "ta_wide": v2.TrivialAugmentWide,
+        "augmix": v2.AugMix,
+        "imagenet": v2.AutoAugment,
+    }
+    steps: list[Any] = [v2.RandomResizedCrop(config.img_size, scale=config.scale, antialias=True)]
+    if config.hflip:
+        steps.append(v2.RandomHorizontalFlip(config.hflip))
+    if config.auto_augment != "none":
+        steps.append(policies[config.auto_augment]())
+    steps += _to_normalised_tensor()
+    if config.random_erase:
+        steps.append(v2.RandomErasing(config.random_erase))
+    return v2.Compose(steps)
+
+
+def _val_transform(config: TrainConfig) -> Callable[[Any], Tensor]:
+    from torchvision.transforms import v2
+
+    resize = v2.Resize(round(config.img_size * RESIZE), antialias=True)
+    return v2.Compose([resize, v2.CenterCrop(config.img_size), *_to_normalised_tensor()])
+
+
+def _to_normalised_tensor() -> list[Any]:
+    from torchvision.transforms import v2
+
+    return [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD), v2.ToPureTensor()]
+
+
+def _mix(config: TrainConfig) -> Any:
+    from torchvision.transforms import v2
+
+    mixes: list[Any] = []
+    if config.mixup:
+        mixes.append(v2.MixUp(alpha=config.mixup))
+    if config.cutmix:
+        mixes.append(v2.CutMix(alpha=config.cutmix))
+    return mixes[0] if len(mixes) == 1 else v2.RandomChoice(mixes)

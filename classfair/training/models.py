@@ -1,0 +1,126 @@
+"""Models by name: the embedded multi-layer perceptron, torchvision's and timm's."""
+
+from __future__ import annotations
+
+import ast
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from classfair.training.config import TrainConfig
+
+WIDTHS = (64, 64, 32)
+
+
+class MissingPackageError(RuntimeError):
+    """A model's package is not installed, or its weights cannot be had."""
+
+
+def build_model(config: TrainConfig, num_classes: int, seed: int) -> nn.Module:
+    """The model with ``num_classes`` logits, initialised from the seed; ldam gets a cosine head in the engine."""
+    if config.model == "mlp":
+        return mlp((*WIDTHS, num_classes), torch.Generator().manual_seed(seed))
+    torch.manual_seed(seed)
+    pretrained = config.weights == "pretrained"
+    model = _by_name(config.model, num_classes, _arguments(config), pretrained)
+    if config.weights and not pretrained:
+        load_weights(model, Path(config.weights))
+    return model
+
+
+def _by_name(name: str, num_classes: int, arguments: dict[str, Any], pretrained: bool) -> nn.Module:
+    plain = name.removeprefix("timm:")
+    if plain == name:
+        import torchvision
+
+        if name in torchvision.models.list_models(module=torchvision.models):
+            model = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **arguments)
+            if pretrained:
+                weights = torchvision.models.get_model_weights(name).DEFAULT
+                _fit_weights(model, _download(weights.get_state_dict), f"torchvision's weights {weights}")
+            return model
+    try:
+        import timm
+    except ImportError:
+        raise MissingPackageError(f'model {name} needs timm: pip install "classfair[vision]"') from None
+    if not timm.is_model(plain.split(".")[0]):
+        raise ValueError(f"expected model to be a name that torchvision or timm knows, got {name}")
+    if pretrained:
+        return _download(timm.create_model, plain, pretrained=True, num_classes=num_classes, **arguments)
+    return timm.create_model(plain, num_classes=num_classes, **arguments)
+
+
+def _download(function: Any, *arguments: Any, **keywords: Any) -> Any:
+    try:
+        return function(*arguments, **keywords)
+    except Exception as error:  # every hub fails in its own ways
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise MissingPackageError(f"pretrained weights cannot be had ({reason}); --weights PATH takes a file") from None
+
+
+def _arguments(config: TrainConfig) -> dict[str, Any]:
+    """``img_size=64`` as a keyword argument; what is no Python literal is a string."""
+    result: dict[str, Any] = {}
+    for item in config.model_kwargs:
+        name, equals, text = item.partition("=")
+        if not equals or not name.isidentifier():
+            raise ValueError(f"expected model_kwargs as NAME=VALUE, got {item}")
+        try:
+            result[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            result[name] = text
+    return result
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a file with a state dict, bare or in a checkpoint of this package, torchvision, timm or DDP."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ValueError(f"expected weights in a readable file, got {path} ({error.strerror})") from None
+    except Exception:  # torch.load fails in many ways on what is no checkpoint, and refuses pickled code
+        raise ValueError(
+            f"expected weights in a file of plain tensors, got {path}, which is not safe to load as such"
+        ) from None
+    for key in ("model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    tensors = isinstance(content, dict) and content and all(isinstance(v, Tensor) for v in content.values())
+    if not tensors:
+        raise ValueError(f"expected a state dict in {path}, got something else")
+    _fit_weights(model, {name.removeprefix("module."): value for name, value in content.items()}, str(path))
+
+
+def _fit_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Load everything but a head of another shape; a ValueError where more than that differs."""
+    own = model.state_dict()
+    reshaped = {k for k, v in state.items() if k in own and own[k].shape != v.shape}
+    heads = {k.rpartition(".")[0] for k in reshaped}
+    differs = (set(own) - set(state)) | (set(state) - set(own))
+    if differs or len(heads) > 1:
+        example = min(differs or reshaped)
+        raise ValueError(f"expected weights of the same architecture, got {source}, which differs in {example}")
+    model.load_state_dict({k: v for k, v in state.items() if k not in reshaped}, strict=False)
+
+
+def mlp(widths: tuple[int, ...], generator: torch.Generator) -> nn.Sequential:
+    """Linear layers of the given widths with ReLU between them, initialised from ``generator``.
+
+    The distribution is that of ``nn.Linear``: uniform in +-1/sqrt(inputs). The draw leaves the
+    global random state alone: a model depends on its own seed and on nothing that ran before.
+    """
+    layers: list[nn.Module] = []
+    for inputs, outputs in pairwise(widths):
+        linear = nn.utils.skip_init(nn.Linear, inputs, outputs)
+        _uniform(linear.weight, inputs, generator)
+        _uniform(linear.bias, inputs, generator)
+        layers += [linear, nn.ReLU()]
+    return nn.Sequential(*layers[:-1])  # the last layer gives logits
+
+
+def _uniform(parameter: Tensor, inputs: int, generator: torch.Generator) -> None:
+    bound = inputs**-0.5
+    nn.init.uniform_(parameter, -bound, bound, generator=generator)

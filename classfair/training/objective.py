@@ -1,0 +1,88 @@
+"""The loss, the optimiser and their schedules, as configured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import lr_scheduler
+
+import classfair
+from classfair.training.config import TrainConfig
+
+WARMUP_START = 0.01  # of the learning rate, in the first epoch of its warm-up
+
+
+def build_criterion(
+    loss: str, config: TrainConfig, counts: Tensor, frequency: Tensor | None
+) -> classfair.CrossEntropyLoss:
+    """The loss as a sum over images: the step divides by the weights of all processes and forward passes."""
+    common: dict[str, Any] = {"reduction": "sum", "label_smoothing": config.label_smoothing}
+    if loss == "la":
+        return classfair.LogitAdjustedLoss(counts if frequency is None else frequency, config.tau, **common)
+    if loss == "ldam":
+        return classfair.LDAMLoss(counts, config.max_margin, scale=config.cosine_scale, **common)
+    if loss == "cb":
+        weighted = counts if frequency is None else frequency * counts
+        return classfair.ClassBalancedLoss(weighted, config.beta, **common)
+    if loss == "focal":
+        return classfair.FocalLoss(config.gamma, **common)
+    return classfair.CrossEntropyLoss(**common)
+
+
+def build_schedules(criterion: classfair.CrossEntropyLoss, config: TrainConfig, counts: Tensor) -> list[Any]:
+    """What changes the loss from epoch to epoch."""
+    schedules: list[Any] = []
+    if config.loss_warmup:
+        schedules.append(classfair.Warmup(criterion, config.loss_warmup))
+    if config.drw_start:
+        drw = classfair.DeferredReweighting(criterion, counts, start=config.drw_start, beta=config.beta)
+        schedules.append(drw)
+    return schedules
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    if config.opt == "adamw":
+        return torch.optim.AdamW(model.parameters(), config.lr, weight_decay=config.weight_decay)
+    return torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
+
+
+def build_lr_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig) -> lr_scheduler.LRScheduler:
+    """Stepped once per epoch."""
+    warmup = config.lr_warmup_epochs
+    main: lr_scheduler.LRScheduler
+    if config.lr_scheduler == "cosine":
+        main = lr_scheduler.CosineAnnealingLR(optimizer, config.epochs - warmup)
+    elif config.lr_scheduler == "step":
+        main = lr_scheduler.StepLR(optimizer, config.lr_step_size, config.lr_gamma)
+    else:
+        main = lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    if not warmup:
+        return main
+    rising = lr_scheduler.LinearLR(optimizer, WARMUP_START, total_iters=warmup)
+    return lr_scheduler.SequentialLR(optimizer, [rising, main], [warmup])
+
+
+def read_effective_frequency(run: Path, seed: int, class_names: list[str]) -> Tensor:
+    """(C,) effective frequency that the plain cross-entropy run of that seed measured on its validation images.
+
+    Clamped at 1e-3, because a class of which nothing was recognised still needs a finite weight.
+    """
+    try:
+        report = json.loads((run / "metrics.json").read_text())
+        runs = [r for r in report["runs"] if r["seed"] == seed]
+        runs = [r for r in runs if r["loss"] == "ce"] or runs
+        names, values = report["class_names"], runs[0]["effective_frequency"] if len(runs) == 1 else None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"expected effective_frequency to name a finished run folder, got {run} ({error!r:.80})"
+        ) from None
+    if values is None:
+        raise ValueError(f"expected one run of seed {seed}, of ce if there are several, in {run}, got {len(runs)}")
+    if names != class_names:
+        raise ValueError(f"expected a run with the same classes in {run}, got others")
+    frequency = torch.tensor([1.0 if value is None else value for value in values], dtype=torch.float64)
+    return frequency.clamp_min(1e-3)

@@ -1,0 +1,151 @@
+"""Per-class statistics summed over an epoch, and what a finished run leaves of them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from classfair import BatchStats, metrics
+from classfair.training.config import TrainConfig
+from classfair.training.distributed import Processes
+
+COLUMNS = ("many", "medium", "few", "all", "geometric_mean", "worst_class")
+CLASS_COLUMNS = ("count", "correct", "predicted", "mass", "hit")
+
+
+class Totals:
+    """Sums over the images of an epoch, of all processes after :meth:`merge`. They stay on the device."""
+
+    def __init__(self, num_classes: int, device: torch.device | None = None) -> None:
+        self.counts = torch.zeros(3, num_classes, dtype=torch.int64, device=device)  # count, correct, predicted
+        self.sums = torch.zeros(2, num_classes, dtype=torch.float64, device=device)  # mass, hit
+        self.loss = torch.zeros(2, dtype=torch.float64, device=device)  # of losses, of their weights
+
+    def add(self, loss: Tensor, weight: Tensor, stats: BatchStats) -> None:
+        """Add a batch: sum of its losses, sum of their weights, statistics (1, C)."""
+        self.counts += torch.cat([stats.count, stats.correct, stats.predicted])
+        self.sums += torch.cat([stats.mass, stats.hit])
+        self.loss += torch.stack([loss.detach(), weight])
+
+    def merge(self, processes: Processes) -> Totals:
+        for part in self.state_dict().values():
+            processes.sum_(part)
+        return self
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"counts": self.counts, "sums": self.sums, "loss": self.loss}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Tensor]) -> Totals:
+        totals = cls(state["counts"].shape[1])
+        for name, part in totals.state_dict().items():
+            part.copy_(state[name])
+        return totals
+
+    @property
+    def mean_loss(self) -> float:
+        return float(self.loss[0] / self.loss[1])
+
+    @property
+    def count(self) -> NDArray[np.int64]:
+        return self.counts[0].cpu().numpy()
+
+    @property
+    def correct(self) -> NDArray[np.int64]:
+        return self.counts[1].cpu().numpy()
+
+    @property
+    def accuracy(self) -> NDArray[np.float64]:
+        return metrics.per_class_accuracy(self.correct, self.count)
+
+    @property
+    def effective_frequency(self) -> NDArray[np.float64]:
+        """Mean probability of the true class, (C,) ("Classes Are Not Equal", eq. 11); nan for absent classes."""
+        count = self.counts[0]
+        return torch.where(count > 0, self.sums[1] / count, math.nan).cpu().numpy()
+
+    def summary(self, prefix: str) -> dict[str, float]:
+        """Scalars of the epoch for logs."""
+        accuracy = self.accuracy
+        return {
+            f"{prefix}_loss": self.mean_loss,
+            f"{prefix}_accuracy": float(self.counts[1].sum() / self.counts[0].sum()),
+            f"{prefix}_balanced_accuracy": metrics.balanced_accuracy(accuracy),
+            f"{prefix}_worst_class_accuracy": metrics.worst_class_accuracy(accuracy),
+        }
+
+    def rows(self) -> list[list[Any]]:
+        """One row of CLASS_COLUMNS per class."""
+        columns = [*self.counts.tolist(), *self.sums.tolist()]
+        return [list(row) for row in zip(*columns, strict=True)]
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """Where a run stands after an epoch."""
+
+    loss: str
+    seed: int
+    epoch: int  # counted from 1
+    train: Totals
+    val: Totals
+    lr: float
+
+    def summary(self) -> dict[str, float]:
+        return {"epoch": self.epoch, "lr": self.lr, **self.train.summary("train"), **self.val.summary("val")}
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """One loss with one seed: statistics per class of the last epoch, and the course of the loss."""
+
+    loss: str
+    seed: int
+    class_names: list[str]
+    train_count: NDArray[np.int64]  # (C,) training images
+    train: Totals  # of the last epoch's own training pass
+    val: Totals
+    train_loss: list[float]  # per epoch
+
+    @property
+    def test_count(self) -> NDArray[np.int64]:
+        return self.val.count
+
+    @property
+    def correct(self) -> NDArray[np.int64]:
+        return self.val.correct
+
+    @property
+    def accuracy(self) -> NDArray[np.float64]:
+        return self.val.accuracy
+
+    def columns(self, config: TrainConfig) -> dict[str, float]:
+        """The columns of the closing table, in the order of COLUMNS."""
+        accuracy = self.accuracy
+        groups = metrics.shot_accuracy(accuracy, self.train_count, many=config.many_shot, few=config.few_shot)
+        return {
+            **groups,
+            "all": metrics.balanced_accuracy(accuracy),
+            "geometric_mean": metrics.geometric_mean_accuracy(accuracy),
+            "worst_class": metrics.worst_class_accuracy(accuracy),
+        }
+
+
+def summarise(results: list[RunResult], config: TrainConfig) -> dict[str, Any]:
+    """Mean and sample standard deviation over seeds: ``summary[loss][column]["mean" | "sd"]``."""
+    summary: dict[str, Any] = {}
+    for loss in config.loss:
+        rows = [result.columns(config) for result in results if result.loss == loss]
+        summary[loss] = {column: _mean_sd([row[column] for row in rows]) for column in COLUMNS}
+    return summary
+
+
+def _mean_sd(values: list[float]) -> dict[str, float]:
+    sd = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+    return {"mean": float(np.mean(values)), "sd": sd}

@@ -1,0 +1,309 @@
+"""Training on a folder of real digit images, from the command line: models, augmentation, bad input."""
+
+import csv
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from classfair.cli import main
+
+pytest.importorskip("torchvision", reason="image folders need torchvision")
+timm = pytest.importorskip("timm", reason="timm's models need timm")
+
+from classfair.training import TrainConfig, saved_config  # noqa: E402
+from classfair.training.image_folder import load_image_folder  # noqa: E402
+
+CLASSES = ["eight", "five", "four", "nine", "one", "seven", "six", "three", "two", "zero"]  # as folders sort
+COUNTS = dict(zip(CLASSES, (30, 20, 16, 12, 10, 8, 6, 5, 4, 3), strict=True))
+DIGITS = {"zero": 0, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9}
+TINY = ("--model", "timm:test_resnet", "--img-size", "32", "--scale", "0.7", "1", "--hflip", "0", "-j", "0")
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """Long-tailed training folders and balanced validation folders of scikit-learn's digits as PNG files."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    root = tmp_path_factory.mktemp("images")
+    images, labels = load_digits(return_X_y=True)
+    for name, digit in DIGITS.items():
+        mine = images[labels == digit].reshape(-1, 8, 8)
+        for part, chosen in (("train", mine[: COUNTS[name]]), ("val", mine[100:108])):
+            (root / part / name).mkdir(parents=True)
+            for i, image in enumerate(chosen):
+                picture = Image.fromarray((image * 15.9).astype(np.uint8)).resize((32, 32), Image.Resampling.BICUBIC)
+                picture.save(root / part / name / f"{i:03}.png")
+    return root
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+    """A folder to damage."""
+    return shutil.copytree(folder, tmp_path / "images")
+
+
+def train(folder, output, *flags):
+    job = ("train", "--data", f"imagefolder:{folder}", *TINY, "--no-progress", "--output", output, *flags)
+    return main([str(argument) for argument in job])
+
+
+def read_metrics(output):
+    return json.loads((output / "metrics.json").read_text())
+
+
+def weights(output, name="ce-seed0"):
+    return torch.load(output / "checkpoints" / f"{name}.pt", weights_only=True)["model"]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def one_line(capsys):
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    return error
+
+
+def test_it_learns_and_reports_by_class_name(folder, tmp_path):
+    assert train(folder, tmp_path, "--epochs", 12, "--lr", 0.05, "-b", 16, "--loss", "ce", "la", "--few-shot", 5) == 0
+    metrics = read_metrics(tmp_path)
+    assert metrics["class_names"] == CLASSES
+    by_loss = {run["loss"]: run for run in metrics["runs"]}
+    assert by_loss["ce"]["all"] > 0.4  # chance is 0.1
+    assert by_loss["ce"]["train_count"] == list(COUNTS.values())
+    with (tmp_path / "per_class.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows[:10]] == CLASSES
+    assert all(row["test_count"] == "8" for row in rows)
+    assert sum(int(row["predicted"]) for row in rows[:10]) == 80
+
+
+def test_statistics_of_every_epoch_come_from_the_training_pass(folder, tmp_path):
+    assert train(folder, tmp_path, "--epochs", 2, "-b", 16) == 0
+    with (tmp_path / "statistics" / "ce-seed0.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(int(r["epoch"]), int(r["class"])) for r in rows] == [(e, c) for e in (1, 2) for c in range(10)]
+    for epoch in ("1", "2"):
+        mine = [r for r in rows if r["epoch"] == epoch]
+        assert [int(r["train_count"]) for r in mine] == list(COUNTS.values())
+        assert sum(float(r["train_mass"]) for r in mine) == pytest.approx(sum(COUNTS.values()), rel=1e-5)
+        assert all(0 < float(r["train_hit"]) <= int(r["train_count"]) for r in mine)
+        assert sum(int(r["val_predicted"]) for r in mine) == 80
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--mixup", 0.2, "--cutmix", 1.0, "--auto-augment", "ta_wide", "--random-erase", 0.5),
+        ("--loss", "ldam", "--drw-start", 1, "--lr-scheduler", "step", "--lr-warmup-epochs", 1),
+        ("--loss", "cb", "--sampler", "class-balanced", "--opt", "adamw", "--lr", 1e-3, "--loss-warmup", 1),
+        ("--loss", "focal", "--label-smoothing", 0.1, "--amp", "--clip-grad", 1.0, "--grad-accum", 2),
+        ("--auto-augment", "ra", "--amp", "--amp-dtype", "float16", "--lr-scheduler", "constant"),
+        ("--model", "resnet18", "--loss", "ldam", "--max-margin", 0.3),
+        ("--model", "timm:test_vit", "--model-kwargs", "img_size=32", "--loss", "la", "--tau", 2),
+    ],
+)
+def test_options_train(flags, folder, tmp_path):
+    assert train(folder, tmp_path, "--epochs", 2, "-b", 32, *flags) == 0
+    (run,) = read_metrics(tmp_path)["runs"]
+    assert all(np.isfinite(run["train_loss"]))
+
+
+def test_augmentation_depends_on_neither_workers_nor_batches(folder, tmp_path):
+    flags = ("--epochs", 1, "--auto-augment", "ta_wide", "--random-erase", 0.5)
+    for name, more in {"a": ("-j", 0), "b": ("-j", 2), "c": ("-j", 0, "-b", 16, "--grad-accum", 2)}.items():
+        assert train(folder, tmp_path / name, *flags, *(("-b", 32) if name != "c" else ()), *more) == 0
+    a, b, c = (weights(tmp_path / name) for name in "abc")
+    assert same(a, b)
+    assert not same(a, c)  # batch norm sees other batches; but the images are the same:
+    config = TrainConfig.for_data(f"imagefolder:{folder}", img_size=32, auto_augment="ta_wide")
+    data = load_image_folder(config, folder, seed=0)
+    images, target = data.train[3, [5, 60, 7]]
+    again, _ = data.train[3, [60]]
+    assert torch.equal(images[1:2], again)
+    assert not torch.equal(data.train[4, [60]][0], again)
+    assert target.tolist() == [0, 2, 0]
+
+
+def test_loading_images_leaves_the_random_state_alone(folder):
+    data = load_image_folder(TrainConfig.for_data(f"imagefolder:{folder}", img_size=32, mixup=0.2), folder, seed=0)
+    before = torch.get_rng_state()
+    data.train[0, [1, 2, 3]]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_split_holds_out_a_share_of_every_class(folder):
+    config = TrainConfig.for_data(f"imagefolder:{folder / 'train'}", split=0.34)
+    data = load_image_folder(config, folder / "train", seed=1)
+    other = load_image_folder(config, folder / "train", seed=2)
+    assert len(data.train_targets) + data.num_val == sum(COUNTS.values())
+    assert not {path for path, _ in data.train.samples} & {path for path, _ in data.val.samples}
+    assert [path for path, _ in data.val.samples] != [path for path, _ in other.val.samples]
+    assert {label for _, label in data.val.samples} == set(range(10))
+
+
+def test_effective_frequency_of_an_earlier_run(folder, tmp_path):
+    assert train(folder, tmp_path / "first", "--epochs", 2, "-b", 32, "--loss", "ce", "la") == 0
+    second = ("--epochs", 1, "-b", 32, "--loss", "la", "cb", "--effective-frequency", tmp_path / "first")
+    assert train(folder, tmp_path / "second", *second) == 0
+    frequency = torch.tensor(read_metrics(tmp_path / "first")["runs"][0]["effective_frequency"]).clamp_min(1e-3)
+    checkpoint = torch.load(tmp_path / "second/checkpoints/la-seed0.pt", weights_only=True)
+    torch.testing.assert_close(checkpoint["criterion"]["offset"], (frequency / frequency.sum()).log())
+
+
+def test_weights_of_an_earlier_run_start_the_next(folder, tmp_path, capsys):
+    assert train(folder, tmp_path / "first", "--epochs", 1, "-b", 32) == 0
+    path = tmp_path / "first" / "checkpoints" / "ce-seed0.pt"
+    assert train(folder, tmp_path / "second", "--epochs", 1, "-b", 200, "--lr", 1e-9, "--weights", path) == 0
+    first, second = weights(tmp_path / "first"), weights(tmp_path / "second")
+    assert all(torch.allclose(first[k], second[k], atol=1e-6) for k in first if "running" not in k and "num_" not in k)
+    capsys.readouterr()
+    assert train(folder, tmp_path / "third", "--epochs", 1, "--model", "timm:test_vit", "--weights", path) == 2
+    assert "expected weights of the same architecture" in one_line(capsys)
+    (tmp_path / "evil.pt").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    assert train(folder, tmp_path / "third", "--weights", tmp_path / "evil.pt") == 2
+    assert "not safe to load" in one_line(capsys)
+    assert train(folder, tmp_path / "third", "--weights", tmp_path / "nowhere.pt") == 2
+    assert "expected weights in a readable file" in one_line(capsys)
+    assert not (tmp_path / "third").exists()
+
+
+def test_a_head_of_another_shape_stays_new(folder, tmp_path, copy):
+    assert train(folder, tmp_path / "first", "--epochs", 1, "-b", 32) == 0
+    for part in ("train", "val"):
+        shutil.rmtree(copy / part / "zero")
+    path = tmp_path / "first" / "checkpoints" / "ce-seed0.pt"
+    assert train(copy, tmp_path / "second", "--epochs", 1, "-b", 32, "--weights", path) == 0
+    assert weights(tmp_path / "second")["fc.weight"].shape[0] == 9
+
+
+def damage(path):
+    path.write_bytes(path.read_bytes()[:60])
+
+
+def test_a_corrupt_image_is_named(copy, tmp_path, capsys):
+    damage(copy / "train" / "one" / "002.png")
+    assert train(copy, tmp_path / "run", "--epochs", 1, "-j", 2) == 1
+    error = one_line(capsys)
+    assert str(copy / "train" / "one" / "002.png") in error
+    assert "--bad-images skip" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_corrupt_image_is_skipped_by_name_on_request(copy, tmp_path, capfd):
+    damage(copy / "train" / "one" / "002.png")
+    (copy / "val" / "two" / "000.png").write_text("no image at all")
+    flags = ("--epochs", 1, "-b", 16, "--bad-images", "skip", "--mixup", 0.2)
+    assert train(copy, tmp_path / "run", *flags) == 0
+    error = capfd.readouterr().err
+    assert f"skipped {copy}/train/one/002.png" in error
+    assert f"skipped {copy}/val/two/000.png" in error
+    with (tmp_path / "run" / "statistics" / "ce-seed0.csv").open() as file:
+        rows = {int(row["class"]): row for row in csv.DictReader(file)}
+    assert int(rows[CLASSES.index("two")]["val_count"]) == 7
+    assert sum(int(row["val_count"]) for row in rows.values()) == 79
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda f: shutil.rmtree(f / "val"), "expected val_dir, split, or folders train and val"),
+        (shutil.rmtree, "expected val_dir, split, or folders train and val"),
+        (lambda f: [p.unlink() for p in (f / "train" / "one").iterdir()], "training images of every class in"),
+        (lambda f: shutil.rmtree(f / "val" / "one"), "expected validation images of every class, got none of one"),
+        (lambda f: (f / "val" / "eleven").mkdir(), "got eleven as well"),
+        (lambda f: [shutil.rmtree(p) for p in (f / "train").iterdir()], "expected one folder of images per class"),
+    ],
+)
+def test_what_is_missing_is_named(break_it, message, copy, tmp_path, capsys):
+    break_it(copy)
+    assert train(copy, tmp_path / "run", "--epochs", 1) == 2
+    assert message in one_line(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_class_without_validation_images_is_left_out_on_request(copy, tmp_path):
+    shutil.rmtree(copy / "val" / "five")
+    assert train(copy, tmp_path / "run", "--epochs", 1, "--allow-missing") == 0
+    (run,) = read_metrics(tmp_path / "run")["runs"]
+    assert run["accuracy"][1] is None
+    rest = [a for a in run["accuracy"] if a is not None]
+    assert len(rest) == 9  # and the labels of the others have not shifted:
+    assert run["all"] == pytest.approx(sum(rest) / 9)
+    with (tmp_path / "run" / "per_class.csv").open() as file:
+        assert [row["test_count"] for row in csv.DictReader(file)] == ["8", "0", *["8"] * 8]
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "message"),
+    [
+        (("--model", "resnet1"), 2, "expected model to be a name that torchvision or timm knows, got resnet1"),
+        (("--model", "mlp"), 2, "expected model to be mlp for digits"),
+        (("--val-dir", "/nowhere"), 2, "expected a folder of images, got /nowhere, which is missing"),
+        (("--split", "0.001"), 2, "expected a split that leaves images"),
+        (("--auto-augment", "magic"), 2, "expected auto_augment to be none, ra, ta_wide, augmix or imagenet"),
+        (("--model-kwargs", "depth"), 2, "expected model_kwargs as NAME=VALUE, got depth"),
+        (("--effective-frequency", "/nowhere"), 2, "expected effective_frequency to name a finished run folder"),
+    ],
+)
+def test_bad_options_are_one_line(flags, code, message, folder, tmp_path, capsys):
+    data = folder / "train" if "--split" in flags or "--val-dir" in flags else folder
+    assert train(data, tmp_path / "run", "--epochs", 1, *flags) == code
+    assert message in one_line(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_pretrained_weights_but_for_the_head(folder, tmp_path, capsys, monkeypatch):
+    import torchvision
+
+    thousand = torchvision.models.resnet18(num_classes=1000).state_dict()
+    monkeypatch.setattr(torchvision.models.WeightsEnum, "get_state_dict", lambda self: thousand)
+    flags = ("--model", "resnet18", "--epochs", 1, "--lr", 1e-12, "--weights", "pretrained")
+    assert train(folder, tmp_path / "run", *flags) == 0
+    state = weights(tmp_path / "run")
+    assert state["fc.weight"].shape == (10, 512)
+    assert torch.allclose(state["layer3.0.conv1.weight"], thousand["layer3.0.conv1.weight"], atol=1e-9)
+    capsys.readouterr()
+
+    def no_network(self):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torchvision.models.WeightsEnum, "get_state_dict", no_network)
+    assert train(folder, tmp_path / "other", *flags) == 3
+    assert "pretrained weights cannot be had (no network); --weights PATH takes a file" in one_line(capsys)
+    assert not (tmp_path / "other").exists()
+
+
+def test_help_shows_the_defaults_of_image_folders(capsys):
+    assert main(["train", "--data", "imagefolder:x", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "resnet50" in text
+    assert TrainConfig.for_data("imagefolder:x").epochs == 90
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(folder, tmp_path, capsys, monkeypatch):
+    """The quota is reached while the third checkpoint is written."""
+    fsync, calls = os.fsync, []
+
+    def quota(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 9:
+            raise OSError(28, os.strerror(28))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", quota)
+    assert train(folder, tmp_path / "run", "--epochs", 8, "-b", 64) == 1
+    assert "No space left on device" in capsys.readouterr().err
+    monkeypatch.undo()
+    left = [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert not [name for name in left if name.startswith(".")]
+    assert main(["train", "--resume", str(tmp_path / "run"), "--no-progress"]) == 0
+    assert train(folder, tmp_path / "whole", "--epochs", 8, "-b", 64) == 0
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+    assert saved_config(tmp_path / "run")["epochs"] == 8
