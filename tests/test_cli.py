@@ -144,6 +144,14 @@ def test_json_and_short_flags(tmp_path, capsys):
     assert (config["batch_size"], config["weight_decay"]) == (32, 0)
 
 
+@pytest.mark.slow
+def test_compiled_training_is_the_same_up_to_rounding(tiny, tmp_path):
+    assert run("--compile", "--output", tmp_path) == 0
+    a, b = (json.loads((path / "metrics.json").read_text())["runs"] for path in (tiny, tmp_path))
+    for mine, theirs in zip(a, b, strict=True):
+        assert mine["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-4)
+
+
 def test_progress_goes_to_stderr(tmp_path, capsys):
     assert main(["train", "--epochs", "1", "--seeds", "1", "--json", "--output", str(tmp_path)]) == 0
     captured = capsys.readouterr()

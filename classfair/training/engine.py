@@ -78,7 +78,9 @@ class Run:
         self.schedules = build_schedules(self.criterion, config, counts)
         scaled = config.amp and config.amp_dtype == "float16"
         self.scaler = torch.amp.GradScaler(device.type, enabled=scaled)
-        self.counts, self.epoch, self.train_loss = counts, 0, []  # type: ignore[var-annotated]
+        self.counts = counts
+        self.epoch = 0  # epochs done
+        self.train_loss: list[float] = []
         self.train: Totals | None = None
         self.val: Totals | None = None
         self.net = self._parallel()
@@ -88,6 +90,8 @@ class Run:
         net = self.model
         if self.processes.world > 1:
             if self.config.sync_bn:
+                if self.device.type != "cuda":
+                    raise ValueError(f"expected sync_bn on GPUs only, got device {self.device}")
                 net = self.model = nn.SyncBatchNorm.convert_sync_batchnorm(net)
             net = DistributedDataParallel(net, device_ids=[self.device] if self.device.type == "cuda" else None)
         return torch.compile(net) if self.config.compile else net  # type: ignore[return-value]
@@ -119,7 +123,7 @@ class Run:
         for i, ((images, target), weight) in enumerate(zip(window, weights, strict=True)):
             with self._no_sync(wait=i + 1 < len(window)):
                 with self._autocast():
-                    logits = self.net(images)  # (B, C)
+                    logits = self.net(images.to(self.device, non_blocking=True))  # (B, C)
                 loss, stats = self.criterion.with_stats(logits, target, differentiable=False)
                 self.scaler.scale(loss * share).backward()
             totals.add(loss, weight, stats)
@@ -138,12 +142,13 @@ class Run:
         order = EvaluationOrder(self.data.num_val, self.config.val_batch_size, self.processes)
         for images, target in self._batches(loader(self.data.val, order, self.config, self.device)):
             with self._autocast():
-                logits = self.model(images)
+                logits = self.model(images.to(self.device, non_blocking=True))
             loss, stats = self.criterion.with_stats(logits, target)
             totals.add(loss, stats.count.sum(), stats)
         return totals.merge(self.processes)
 
     def _batches(self, batches: Iterable[Any]) -> Iterator[tuple[Tensor, Any]]:
+        """Images where they were loaded, targets on the device: their weights come before the first forward pass."""
         for batch in batches:
             if isinstance(batch, Exception):
                 raise batch
@@ -152,7 +157,7 @@ class Run:
                 target = target.to(self.device, non_blocking=True)
             else:
                 target = type(target)(*(part.to(self.device, non_blocking=True) for part in target))
-            yield images.to(self.device, non_blocking=True), target
+            yield images, target
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         dtype = getattr(torch, self.config.amp_dtype)
