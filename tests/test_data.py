@@ -112,6 +112,12 @@ def test_batches_too_small_to_mix(number):
         assert lam.tolist() == [1]
 
 
+def test_shares_that_were_rounded():
+    """MixUp of a sample with itself: lam + (1 - lam) is not always 1."""
+    _, target = MixedTargetCollate(lambda images, rows: (images, rows * (1 - 2**-23)))(samples(3))
+    assert target.lam.tolist() == [1, 1, 1]
+
+
 def test_replaced_images_take_their_label_along():
     """A box over the whole image leaves one label, not two."""
     _, target = MixedTargetCollate(lambda images, rows: (images.roll(1, 0), rows.roll(1, 0)))(samples(3))
