@@ -86,11 +86,11 @@ def _vector(function: str, name: str, value: Tensor, logits: Tensor) -> Tensor:
     return value.to(check.acc_dtype(logits)).contiguous()
 
 
-def _pair_arguments(function: str, pair: Any, logits: Tensor, rows: int) -> dict[str, Any]:
+def _pair_arguments(function: str, pair: Any, logits: Tensor, labels: int) -> dict[str, Any]:
     num_classes, acc = logits.shape[1], check.acc_dtype(logits)
     if isinstance(pair, PairTerms):
         check.check_floats(function, "pair.rows", pair.rows, (pair.rows.shape[0], num_classes))
-        check.check_labels_tensor(function, "pair.slot", pair.slot, (rows,))
+        check.check_labels_tensor(function, "pair.slot", pair.slot, (labels,))
         check.check_device(function, "pair.rows", pair.rows, logits.device)
         return {"pair": pair.rows.to(acc).contiguous(), "slot": pair.slot.contiguous()}
     check.check_floats(function, "pair", pair, (num_classes, num_classes))
@@ -152,7 +152,9 @@ def _prepare(
         if weight.requires_grad:
             raise ValueError(f"{function}: expected weight without gradient, got requires_grad=True")
     if pair is not None:
-        arguments |= _pair_arguments(function, pair, logits, math.prod(rows_shape))
+        # The two labels of a mixture have a row each: slots of y_a, then of y_b.
+        labels = math.prod(rows_shape) * (1 if mixed is None else 2)
+        arguments |= _pair_arguments(function, pair, logits, labels)
     if logits.dim() > 3:
         logits = logits.flatten(2)
         if dense:
@@ -174,14 +176,13 @@ def _run(problem: _Problem, target: Any, reduction: str, backend: str) -> Softma
     swap = lam < 0.5
     major, minor = torch.where(swap, y_b, y_a), torch.where(swap, y_a, y_b)
     share = torch.where(swap, 1 - lam, lam)
-    common = {k: v for k, v in problem.arguments.items() if k not in ("target", "target_b", "mix")}
-    if "slot" in common:
-        raise ValueError(
-            "cross_entropy: expected pair as a (C, C) table with MixedTarget, got PairTerms,"
-            " whose rows are those of one label per sample"
-        )
-    first = softmax_loss(problem.logits, target=major, mix=share, **common, backend=backend)
-    second = softmax_loss(problem.logits, target=minor, mix=1 - share, **common, backend=backend)
+    common = {k: v for k, v in problem.arguments.items() if k not in ("target", "target_b", "mix", "slot")}
+    halves: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+    if "slot" in problem.arguments:
+        a, b = problem.arguments["slot"].chunk(2)
+        halves = {"slot": torch.where(swap, b, a)}, {"slot": torch.where(swap, a, b)}
+    first = softmax_loss(problem.logits, target=major, mix=share, **common, **halves[0], backend=backend)
+    second = softmax_loss(problem.logits, target=minor, mix=1 - share, **common, **halves[1], backend=backend)
     return first._replace(
         loss=first.loss + second.loss,
         hit=None if first.hit is None or second.hit is None else first.hit + second.hit,
@@ -246,8 +247,8 @@ def cross_entropy(
             shape of ``logits``, any float dtype; a :class:`MixedTarget`.
         offset: ``(C,)`` added to the logits of every sample, e.g. :func:`logit_adjustment`.
         margin: ``(C,)`` subtracted from the true class's logit.
-        pair: ``(C, C)`` table whose row y is added for label y, or :class:`PairTerms`. With ``MixedTarget`` (table
-            only) each label's own row perturbs its own loss: two passes.
+        pair: ``(C, C)`` table whose row y is added for label y, or :class:`PairTerms`. With ``MixedTarget`` each
+            label's own row perturbs its own loss: two passes; slots are then ``(2N,)``, of all y_a and then all y_b.
         weight: ``(C,)`` class weights >= 0; no gradient.
         label_smoothing: epsilon in [0, 1].
         gamma: focusing exponent >= 0, hard labels only; 0 is plain cross-entropy.

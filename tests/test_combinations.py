@@ -147,8 +147,8 @@ def test_probabilities_refuse_what_needs_a_label(on):
         cross_entropy(LOGITS, TARGETS["probabilities"], **{name: VALUES[name] for name in on})
 
 
-def pair_terms():
-    index = label_index(Y_A, C)
+def pair_terms(labels=Y_A):
+    index = label_index(labels, C)
     return PairTerms(VALUES["pair"][index.key_of_slot], index.slot, index.key_of_slot, index.num_slots)
 
 
@@ -167,7 +167,7 @@ ARGUMENTS = {
     "`offset` `(C,)`": {"offset": VALUES["offset"]},
     "`margin` `(C,)`": {"margin": VALUES["margin"]},
     "`pair` table `(C, C)`": {"pair": VALUES["pair"]},
-    "`pair` as `PairTerms`": {"pair": pair_terms()},
+    "`pair` as `PairTerms`": {"pair": pair_terms()},  # of mixtures: the slots of both labels
     "`weight` `(C,)`": {"weight": VALUES["weight"]},
     "`label_smoothing`": {"label_smoothing": 0.2},
     "`gamma`": {"gamma": 1.5},
@@ -183,13 +183,17 @@ def test_the_document_names_every_keyword():
 @pytest.mark.parametrize("keyword", ARGUMENTS)
 def test_the_document_says_what_is_refused(keyword, kind):
     target = TARGETS[kind]
+    if "PairTerms" in keyword and kind == "MixedTarget":
+        arguments = {"pair": pair_terms(torch.cat([Y_A, Y_B]))}
+    else:
+        arguments = ARGUMENTS[keyword]
     if "ignore_index" in ARGUMENTS[keyword] and kind != "probabilities":  # then -100 is no label any more
         target = Y_A.clamp_min(0) if kind == "labels" else MixedTarget(Y_A.clamp_min(0), Y_B.clamp_min(0), LAM)
     if documented()[keyword][kind]:
         with pytest.raises(ValueError, match=r"^cross_entropy: expected .*, got (probabilities|PairTerms)"):
-            cross_entropy(LOGITS, target, **ARGUMENTS[keyword])
+            cross_entropy(LOGITS, target, **arguments)
     else:
-        assert bool(cross_entropy(LOGITS, target, **ARGUMENTS[keyword]).isfinite())
+        assert bool(cross_entropy(LOGITS, target, **arguments).isfinite())
 
 
 def test_pair_terms_mean_the_table():
@@ -197,3 +201,16 @@ def test_pair_terms_mean_the_table():
         rows = cross_entropy(LOGITS, Y_A, pair=pair_terms(), reduction=reduction)
         table = cross_entropy(LOGITS, Y_A, pair=VALUES["pair"], reduction=reduction)
         torch.testing.assert_close(rows, table, rtol=1e-14, atol=0)
+
+
+def test_pair_terms_of_mixtures_mean_the_table():
+    values = VALUES["pair"].clone().requires_grad_()
+    index = label_index(torch.cat([Y_A, Y_B]), C)
+    pair = PairTerms(values[index.key_of_slot], index.slot, index.key_of_slot, index.num_slots)
+    target = TARGETS["MixedTarget"]
+    for reduction in ("mean", "sum"):
+        losses = [cross_entropy(LOGITS, target, pair=p, reduction=reduction) for p in (pair, values)]
+        torch.testing.assert_close(*losses, rtol=1e-14, atol=0)
+        torch.testing.assert_close(*(torch.autograd.grad(loss, values, retain_graph=True)[0] for loss in losses))
+    with pytest.raises(ValueError, match="expected pair.slot of shape"):
+        cross_entropy(LOGITS, target, pair=pair_terms())

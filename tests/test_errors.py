@@ -62,7 +62,7 @@ BAD_CROSS_ENTROPY = [
         ValueError,
         r"expected target.lam that broadcasts to \(4,\), got \(3,\)",
     ),
-    (LOGITS, MixedTarget(TARGET, TARGET, 0.5), {"pair": PAIR}, ValueError, r"expected pair as a \(C, C\) table"),
+    (LOGITS, MixedTarget(TARGET, TARGET, 0.5), {"pair": PAIR}, ValueError, r"expected pair.slot of shape \(8,\), got"),
 ]
 
 
