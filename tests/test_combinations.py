@@ -212,5 +212,5 @@ def test_pair_terms_of_mixtures_mean_the_table():
         losses = [cross_entropy(LOGITS, target, pair=p, reduction=reduction) for p in (pair, values)]
         torch.testing.assert_close(*losses, rtol=1e-14, atol=0)
         torch.testing.assert_close(*(torch.autograd.grad(loss, values, retain_graph=True)[0] for loss in losses))
-    with pytest.raises(ValueError, match="expected pair.slot of shape"):
+    with pytest.raises(ValueError, match=r"expected pair\.slot of shape"):
         cross_entropy(LOGITS, target, pair=pair_terms())
