@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -56,4 +57,8 @@ def joined(device: torch.device) -> Iterator[Processes]:
         torch.cuda.set_device(device)
     dist.init_process_group(backend, timeout=timedelta(minutes=30))
     yield Processes(dist.get_rank(), world)
+    # Models in DDP hold on to the group, in reference cycles: a thread of its own that outlives it ends the process by
+    # an abort. And no process leaves while another one still needs it.
+    gc.collect()
+    dist.barrier()
     dist.destroy_process_group()

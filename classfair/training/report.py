@@ -26,7 +26,7 @@ STYLE = {  # label, colour (told apart by colour-blind readers too), marker, shi
     "cb": ("class-balanced", "#CC79A7", "D", 0.24),
     "focal": ("focal", "#E69F00", "v", 0.0),
 }
-MANY_CLASSES = 40  # above, ranks instead of counts on the axis, and no dots
+MANY_CLASSES = 40  # above, ranks instead of counts on the axis, a dot per class and a line through their running mean
 
 
 def resolved_config(config: TrainConfig, output: Path, world: int) -> dict[str, Any]:
@@ -109,14 +109,19 @@ def accuracy_chart(results: list[RunResult], config: TrainConfig) -> bytes:
         percent = 100 * np.stack([r.accuracy[o] for r, o in zip(runs, order, strict=True)])
         rank = np.arange(1, percent.shape[1] + 1)
         label, color, marker, shift = STYLE[loss]
-        line: dict[str, Any] = {"marker": marker, "lw": 2} if few_classes else {"marker": ".", "ls": "", "alpha": 0.6}
-        axes.plot(rank, percent.mean(0), color=color, label=label, **line)
+        mean = percent.mean(0)
+        if few_classes:
+            axes.plot(rank, mean, color=color, marker=marker, lw=2, label=label)
+        else:
+            axes.scatter(rank, mean, s=6, color=color, alpha=0.35, lw=0)
+            width = len(mean) // 20
+            axes.plot(_running(rank, width), _running(mean, width), color=color, lw=2, label=label)
         if len(runs) > 1 and few_classes:  # one dot per seed, beside the line so that all losses stay visible
             beside = np.broadcast_to(rank + shift, percent.shape)
             axes.scatter(beside, percent, s=14, color=color, alpha=0.45, lw=0)
     _mark_groups(axes, counts, config)
-    dots = "dots" if few_classes else "number"
-    seeds = f"lines: mean, {dots}: {config.seeds} seeds" if config.seeds > 1 else "1 seed"
+    several = f"lines: mean, dots: {config.seeds} seeds" if few_classes else f"mean of {config.seeds} seeds"
+    seeds = several if config.seeds > 1 else "1 seed"
     what = f"Digits, {config.imbalance:g}:1 long-tailed" if config.data == "digits" else config.model
     axes.set_title(f"{what}: accuracy per class ({seeds})")
     axes.set_ylabel("validation accuracy of the class (%)")
@@ -133,6 +138,10 @@ def accuracy_chart(results: list[RunResult], config: TrainConfig) -> bytes:
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=150)
     return png.getvalue()
+
+
+def _running(values: np.ndarray, width: int) -> np.ndarray:
+    return np.nanmean(np.lib.stride_tricks.sliding_window_view(values, width), axis=1)
 
 
 def _mark_groups(axes: Any, counts: np.ndarray, config: TrainConfig) -> None:
