@@ -141,7 +141,8 @@ def accuracy_chart(results: list[RunResult], config: TrainConfig) -> bytes:
 
 
 def _running(values: np.ndarray, width: int) -> np.ndarray:
-    return np.nanmean(np.lib.stride_tricks.sliding_window_view(values, width), axis=1)
+    windows = np.lib.stride_tricks.sliding_window_view(values, width)
+    return np.ma.masked_invalid(windows).mean(axis=1)  # without a warning about windows of nothing but nan
 
 
 def _mark_groups(axes: Any, counts: np.ndarray, config: TrainConfig) -> None:
