@@ -1,13 +1,13 @@
 """Drop-in losses that are vectors on top of :func:`classfair.cross_entropy`, and those vectors."""
 
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from classfair import _validate as check
+from classfair._state import KeepsPrecision
 from classfair.functional import cross_entropy, cross_entropy_with_stats
 from classfair.statistics import BatchStats
 from classfair.targets import MixedTarget
@@ -78,7 +78,7 @@ def posthoc_logit_adjustment(logits: Tensor, class_counts: Any, tau: float = 1.0
     return logits - (offset if logits.dim() == 1 else offset.view(-1, *(1,) * (logits.dim() - 2)))
 
 
-class CrossEntropyLoss(nn.Module):
+class CrossEntropyLoss(KeepsPrecision):
     """:class:`torch.nn.CrossEntropyLoss` with focal gamma and per-class statistics from the same pass.
 
     In evaluation (``criterion.eval()``, or under ``no_grad`` or ``inference_mode``) the losses built on this class
@@ -159,16 +159,6 @@ class CrossEntropyLoss(nn.Module):
             **options,
             **self._arguments(),
         )
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CrossEntropyLoss":
-        """State keeps its precision: ``.half()`` and ``.to(bfloat16)`` move it but do not round it."""
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = self._buffers[name]
-            if old is not None and new is not None and new.dtype.itemsize < old.dtype.itemsize:
-                self._buffers[name] = old.to(new.device)
-        return self
 
     def extra_repr(self) -> str:
         return f"ignore_index={self.ignore_index}, reduction={self.reduction!r}, label_smoothing={self.label_smoothing}"

@@ -1,11 +1,11 @@
 """The primitives: schema, fake kernel and autograd Function of one each."""
 
-from classfair.ops.class_moments import ClassMoments, class_moments, class_moments_merge
+from classfair.ops.class_moments import SlotMoments, class_moments, class_moments_merge
 from classfair.ops.label_index import LabelIndex, label_index
 from classfair.ops.softmax_loss import SoftmaxLoss, softmax_loss
 
 __all__ = [
-    "ClassMoments",
+    "SlotMoments",
     "LabelIndex",
     "SoftmaxLoss",
     "class_moments",

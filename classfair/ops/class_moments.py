@@ -11,7 +11,7 @@ from classfair.ops import _library
 from classfair.ops.label_index import LabelIndex
 
 
-class ClassMoments(NamedTuple):
+class SlotMoments(NamedTuple):
     """Moments of a batch by label slot (:class:`classfair.ops.LabelIndex`), zero where no row entered.
 
     Rows without a slot never enter; rows with a NaN or infinite feature do not either and are counted.
@@ -65,7 +65,7 @@ def class_moments(
     *,
     variance: bool = True,
     backend: str | None = None,
-) -> ClassMoments:
+) -> SlotMoments:
     """The primitive itself, unchecked; :func:`classfair.class_moments` is the safe way in.
 
     One pass: the rows of a label are read once from memory, in blocks that stay in cache for the second look that
@@ -74,11 +74,11 @@ def class_moments(
     name = backends.choose("class_moments", features.device, backend)
     operator = reference.class_moments if name == "reference" else backends.namespace(name).class_moments
     count, mean, var, nonfinite = operator(features.detach(), index.slot, index.order, index.start, variance)
-    return ClassMoments(count, mean, var if variance else None, nonfinite)
+    return SlotMoments(count, mean, var if variance else None, nonfinite)
 
 
 def class_moments_merge(
-    batch: ClassMoments,
+    batch: SlotMoments,
     key: Tensor,  # (M,) class of each row of the batch; of the rows with a count, each at most once
     state_count: Tensor,  # (C,) int64, written
     state_mean: Tensor,  # (C, D), written

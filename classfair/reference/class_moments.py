@@ -16,7 +16,7 @@ def class_moments(
     start: Tensor,  # (M + 1,)
     variance: bool,
 ) -> tuple[Tensor, ...]:
-    """See :class:`classfair.ops.ClassMoments`; arguments and outputs in the order of the schema."""
+    """See :class:`classfair.ops.SlotMoments`; arguments and outputs in the order of the schema."""
     acc = torch.float64 if features.dtype == torch.float64 else torch.float32
     slots, columns = start.shape[0] - 1, features.shape[1]
     finite = features.isfinite().all(1)
