@@ -8,6 +8,7 @@ from classfair.losses import (
     logit_adjustment,
     posthoc_logit_adjustment,
 )
+from classfair.moments import ClassMoments, ClassStatistics, class_moments
 from classfair.pair import PairTerms
 from classfair.statistics import BatchStats, JointRows
 from classfair.targets import MixedTarget, class_counts
@@ -16,12 +17,15 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BatchStats",
+    "ClassMoments",
+    "ClassStatistics",
     "CrossEntropyLoss",
     "JointRows",
     "LogitAdjustedLoss",
     "MixedTarget",
     "PairTerms",
     "class_counts",
+    "class_moments",
     "cross_entropy",
     "cross_entropy_with_stats",
     "logit_adjustment",

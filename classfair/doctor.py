@@ -75,11 +75,11 @@ def _test_class_moments(backend: str, device: str) -> None:
     def compute(name: str, where: str, dtype: torch.dtype) -> list[torch.Tensor]:
         index = label_index(target.to(where), 5, backend="reference")
         batch = class_moments(features.to(where, dtype), index, backend=name)
-        state = [torch.zeros(5, dtype=torch.int64), *(torch.zeros(5, 17, dtype=dtype) for _ in range(2))]
-        state = [t.to(where) for t in state]
+        count = torch.zeros(5, dtype=torch.int64, device=where)
+        mean, variance = torch.zeros(2, 5, 17, dtype=dtype, device=where)
         for _ in range(2):
-            class_moments_merge(batch, index.key_of_slot, *state, backend=name)
-        return [t.cpu().double() for t in state]
+            class_moments_merge(batch, index.key_of_slot, count, mean, variance, backend=name)
+        return [t.cpu().double() for t in (count, mean, variance)]
 
     expected = compute("reference", "cpu", torch.float64)
     for got, want in zip(compute(backend, device, torch.float32), expected, strict=True):

@@ -5,8 +5,8 @@ from classfair.ops.label_index import LabelIndex, label_index
 from classfair.ops.softmax_loss import SoftmaxLoss, softmax_loss
 
 __all__ = [
-    "SlotMoments",
     "LabelIndex",
+    "SlotMoments",
     "SoftmaxLoss",
     "class_moments",
     "class_moments_merge",

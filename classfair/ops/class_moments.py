@@ -17,7 +17,7 @@ class SlotMoments(NamedTuple):
     Rows without a slot never enter; rows with a NaN or infinite feature do not either and are counted.
     """
 
-    count: Tensor  # (M,) int64, rows that entered
+    count: Tensor  # type: ignore[assignment]  # (M,) int64, rows that entered
     mean: Tensor  # (M, D) float32, or float64 for float64 features, as below
     variance: Tensor | None  # (M, D) about the mean, divided by the count
     nonfinite: Tensor  # () int64, rows with a slot and a non-finite feature
