@@ -72,6 +72,6 @@ def merge_batches(
     variance = None if batches[0].variance is None else torch.zeros_like(mean)
     count = keys.new_zeros(slots)
     for p, batch in enumerate(batches):
-        class_moments_merge(batch, slot[p].contiguous(), count, mean, variance, backend=backend)
+        class_moments_merge(batch, slot[p], count, mean, variance, backend=backend)
     nonfinite = torch.stack([batch.nonfinite for batch in batches]).sum()
     return SlotMoments(count, mean, variance, nonfinite), index.key_of_slot

@@ -7,8 +7,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from classfair import _validate as check
-from classfair import backends, ops
-from classfair._covariance import merge_covariance
+from classfair import ops
+from classfair._merge import State, index_labels, merge_rows, moments_of_slots, zero_state
 from classfair._processes import agree_on_rows, gather_moments, gather_rows, merge_batches
 from classfair._state import KeepsPrecision
 
@@ -53,51 +53,6 @@ def _check_features(function: str, features: Any, target: Any) -> None:
         raise ValueError(
             f"{function}: expected target on the device of the features, {features.device}, got {target.device}"
         )
-
-
-def _zero_state(
-    num_classes: int, dim: int, covariance: str, dtype: torch.dtype, device: Any
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """count, mean and cov of no sample."""
-    shape = {"diag": (dim,), "full": (dim, dim)}.get(covariance)
-    return (
-        torch.zeros(num_classes, dtype=torch.int64, device=device),
-        torch.zeros(num_classes, dim, dtype=dtype, device=device),
-        None if shape is None else torch.zeros(num_classes, *shape, dtype=dtype, device=device),
-    )
-
-
-def _merge_rows(
-    features: Tensor,
-    target: Tensor,
-    state: tuple[Tensor, Tensor, Tensor | None],
-    covariance: str,
-    momentum: float | None,
-    ignore_index: int,
-    backend: str | None,
-) -> Tensor:
-    """Merge a batch into the state; the number of its non-finite rows."""
-    count, mean, cov = state
-    index = _label_index(target, count.shape[0], ignore_index, backend)
-    batch = ops.class_moments(features, index, variance=covariance == "diag", backend=backend)
-    batch = _in_dtype(batch, mean.dtype)
-    if covariance == "full":
-        assert cov is not None
-        merge_covariance(features.detach(), index, batch, count, mean, cov, momentum)
-    spread = cov if covariance == "diag" else None
-    ops.class_moments_merge(batch, index.key_of_slot, count, mean, spread, momentum, backend=backend)
-    return batch.nonfinite
-
-
-def _label_index(target: Tensor, num_classes: int, ignore_index: int, backend: str | None) -> ops.LabelIndex:
-    if backend is not None and backend not in backends.available("label_index", target.device.type):
-        backend = None  # class_moments says what is wrong with the name
-    return ops.label_index(target, num_classes, ignore_index=ignore_index, backend=backend)
-
-
-def _in_dtype(batch: ops.SlotMoments, dtype: torch.dtype) -> ops.SlotMoments:
-    variance = None if batch.variance is None else batch.variance.to(dtype)
-    return ops.SlotMoments(batch.count, batch.mean.to(dtype), variance, batch.nonfinite)
 
 
 @torch.no_grad()
@@ -146,9 +101,10 @@ def class_moments(
     _check_features("class_moments", features, target)
     check.check_range("class_moments", "num_classes", num_classes, 1)
     _check_covariance("class_moments", covariance, num_classes, features.shape[1])
-    state = _zero_state(num_classes, features.shape[1], covariance, check.acc_dtype(features), features.device)
-    nonfinite = _merge_rows(features, target, state, covariance, None, ignore_index, backend)
-    return ClassMoments(*state, nonfinite)
+    dtype, device = check.acc_dtype(features), features.device
+    state = zero_state(num_classes, features.shape[1], covariance, dtype, device, error=False)
+    nonfinite = merge_rows(features, target, state, momentum=None, ignore_index=ignore_index, backend=backend)
+    return ClassMoments(state.count, state.mean, state.cov, nonfinite)
 
 
 class ClassStatistics(KeepsPrecision):
@@ -160,8 +116,8 @@ class ClassStatistics(KeepsPrecision):
         S \leftarrow S + w\,\bigl(S_b - S + (1 - w)(m_b - m)(m_b - m)^\top\bigr), \qquad w = \frac{n_b}{n + n_b},
 
     which is exact: any split of the samples into batches gives the moments of all of them together. Classes that are
-    absent from a batch keep their state and cost nothing. A million updates with single samples leave float32 state
-    within 1e-4 of float64 (means of 10, deviations of 1).
+    absent from a batch keep their state and cost nothing. A million updates with single samples leave float32 means
+    and variances within 1e-4 of float64 (means of 10, deviations of 1).
 
     Args:
         num_classes: C.
@@ -172,8 +128,9 @@ class ClassStatistics(KeepsPrecision):
         ignore_index, backend: as in :func:`class_moments`.
 
     State (in ``state_dict``; ``.half()`` and ``.to(bfloat16)`` leave its precision alone): ``count`` ``(C,)`` int64,
-    ``mean`` ``(C, D)`` float32, ``cov`` ``(C, D)`` or ``(C, D, D)`` float32 or None, ``nonfinite`` ``()`` int64, the
-    number of samples left out because of a NaN or infinite feature. No parameters, no gradient.
+    ``mean`` ``(C, D)`` float32, ``cov`` ``(C, D)`` or ``(C, D, D)`` float32 or None, ``cov_error`` ``(C, D)`` what
+    rounding has left out of cumulative variances, else None, ``nonfinite`` ``()`` int64, the number of samples left out
+    because of a NaN or infinite feature. No parameters, no gradient.
 
     Source: Wang et al. 2019, "Implicit Semantic Data Augmentation for Deep Networks", eq. 8 to 10, and Chan, Golub
     and LeVeque 1979 for the exact merge.
@@ -192,6 +149,7 @@ class ClassStatistics(KeepsPrecision):
     count: Tensor
     mean: Tensor
     cov: Tensor | None
+    cov_error: Tensor | None
     nonfinite: Tensor
     _version = 1  # of the state, kept by torch in the metadata of a state_dict
 
@@ -211,10 +169,13 @@ class ClassStatistics(KeepsPrecision):
         _check_covariance("ClassStatistics", covariance, num_classes, feature_dim)
         if momentum is not None and not 0 < momentum <= 1:
             raise ValueError(f"ClassStatistics: expected momentum None or in (0, 1], got {momentum}")
-        count, mean, cov = _zero_state(num_classes, feature_dim, covariance, torch.float32, None)
-        self.register_buffer("count", count)
-        self.register_buffer("mean", mean)
-        self.register_buffer("cov", cov)
+        # What fades does not let rounding errors add up.
+        keep_error = covariance == "diag" and momentum is None
+        state = zero_state(num_classes, feature_dim, covariance, torch.float32, None, keep_error)
+        self.register_buffer("count", state.count)
+        self.register_buffer("mean", state.mean)
+        self.register_buffer("cov", state.cov)
+        self.register_buffer("cov_error", state.error)
         self.register_buffer("nonfinite", torch.zeros((), dtype=torch.int64))
         self.covariance = covariance
         self.momentum = momentum
@@ -258,25 +219,35 @@ class ClassStatistics(KeepsPrecision):
                 f"ClassStatistics.update: expected features on the device of the statistics, {self.mean.device},"
                 f" got {features.device}"
             )
-        state = (self.count, self.mean, self.cov)
-        options = (self.covariance, self.momentum, self.ignore_index, self.backend)
         if not (sync and dist.is_available() and dist.is_initialized() and dist.get_world_size(process_group) > 1):
-            self.nonfinite += _merge_rows(features, target, state, *options)
+            self._merge_rows(features, target)
         elif self.covariance == "full":
             # N rows of D are fewer numbers than M matrices of D x D.
-            features, target = gather_rows(features, target, self.ignore_index, process_group, max_batch)
-            self.nonfinite += _merge_rows(features, target, state, *options)
+            self._merge_rows(*gather_rows(features, target, self.ignore_index, process_group, max_batch))
         else:
             self._merge_processes(features, target, process_group, max_batch)
 
+    def _state(self) -> State:
+        return State(self.count, self.mean, self.cov, self.cov_error)
+
+    def _merge_rows(self, features: Tensor, target: Tensor) -> None:
+        self.nonfinite += merge_rows(
+            features,
+            target,
+            self._state(),
+            momentum=self.momentum,
+            ignore_index=self.ignore_index,
+            backend=self.backend,
+        )
+
     def _merge_processes(self, features: Tensor, target: Tensor, group: Any, max_batch: int | None) -> None:
-        index = _label_index(target, self.count.shape[0], self.ignore_index, self.backend)
-        batch = ops.class_moments(features, index, variance=self.covariance == "diag", backend=self.backend)
-        batch = _in_dtype(batch, self.mean.dtype)
-        capacity = min(agree_on_rows(features, group, max_batch), self.count.shape[0])
-        batches, keys = gather_moments(batch, index.key_of_slot, capacity, group)
-        batch, key = merge_batches(batches, keys, self.count.shape[0], self.backend)
-        ops.class_moments_merge(batch, key, self.count, self.mean, self.cov, self.momentum, backend=self.backend)
+        state, backend = self._state(), self.backend
+        index = index_labels(target, self.count.shape[0], self.ignore_index, backend)
+        batch = moments_of_slots(features, index, state, variance=self.cov is not None, backend=backend)
+        slots = min(agree_on_rows(features, group, max_batch), self.count.shape[0])
+        batches, keys = gather_moments(batch, index.key_of_slot, slots, group)
+        batch, key = merge_batches(batches, keys, self.count.shape[0], backend)
+        ops.class_moments_merge(batch, key, *state, momentum=self.momentum, backend=backend)
         self.nonfinite += batch.nonfinite
 
     @torch.no_grad()

@@ -41,6 +41,7 @@ def _merge_fake(
     state_count: Tensor,
     state_mean: Tensor,
     state_variance: Tensor | None,
+    state_error: Tensor | None,
     momentum: float | None,
 ) -> None:
     return None
@@ -54,7 +55,7 @@ _library.define(
 # The one operator that writes its arguments: a functional merge would copy the state of every absent class.
 _library.define(
     "class_moments_merge(Tensor count, Tensor mean, Tensor? variance, Tensor key, Tensor(a!) state_count,"
-    " Tensor(b!) state_mean, Tensor(c!)? state_variance, float? momentum) -> ()",
+    " Tensor(b!) state_mean, Tensor(c!)? state_variance, Tensor(d!)? state_error, float? momentum) -> ()",
     _merge_fake,
 )
 
@@ -83,8 +84,9 @@ def class_moments_merge(
     state_count: Tensor,  # (C,) int64, written
     state_mean: Tensor,  # (C, D), written
     state_variance: Tensor | None = None,  # (C, D), written
-    momentum: float | None = None,
+    state_error: Tensor | None = None,  # (C, D), written: what rounding has left out of the variance
     *,
+    momentum: float | None = None,
     backend: str | None = None,
 ) -> None:
     """Merge the rows of a batch into running state, in place; rows of absent classes are not touched.
@@ -96,10 +98,8 @@ def class_moments_merge(
     name = backends.choose("class_moments", state_mean.device, backend)
     namespace = reference if name == "reference" else backends.namespace(name)
     variance = None if state_variance is None else batch.variance
-    namespace.class_moments_merge(
-        batch.count, batch.mean, variance, key, state_count, state_mean, state_variance, momentum
-    )
+    state = (state_count, state_mean, state_variance, state_error)
+    namespace.class_moments_merge(batch.count, batch.mean, variance, key, *state, momentum)
     if not torch.compiler.is_compiling():
         # So that a backward that saved the old state fails instead of using the new one.
-        written = (state_count, state_mean) if state_variance is None else (state_count, state_mean, state_variance)
-        torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])
+        torch.autograd.graph.increment_version([t for t in state if t is not None and not t.is_inference()])

@@ -50,16 +50,29 @@ def class_moments_merge(
     state_count: Tensor,  # (C,), written
     state_mean: Tensor,  # (C, D), written
     state_variance: Tensor | None,  # (C, D), written
+    state_error: Tensor | None,  # (C, D), written
     momentum: float | None,
 ) -> None:
-    """m <- m + w (m_b - m);  v <- v + w (v_b - v + (1 - w) (m_b - m)^2);  n <- n + n_b;  w of ``merge_weight``."""
+    """m <- m + w (m_b - m);  v <- v + w (v_b - v + (1 - w) (m_b - m)^2);  n <- n + n_b;  w of ``merge_weight``.
+
+    ``state_error`` is what rounding has left out of ``state_variance`` (Kahan 1965; the error of a sum by Knuth's
+    TwoSum): squares of single samples are skewed, so that their rounding errors are, and would add up.
+    """
     used = (count > 0)[:, None]
     at = torch.where(count > 0, key, 0)  # rows without a sample add zeros to class 0
     w = merge_weight(count, state_count[at], momentum, mean.dtype)[:, None]
     delta = mean - state_mean[at]
     if variance is not None and state_variance is not None:
         between = torch.where(w == 1, 0.0, (1 - w) * delta * delta)  # no 0 * inf where the square overflows
-        change = w * (variance - state_variance[at] + between)
+        old = state_variance[at]
+        change = w * (variance - old + between)
+        if state_error is not None:
+            error = state_error[at]
+            change = change + error
+            new = old + change
+            added = new - old
+            left = torch.where(w == 1, 0.0, (old - (new - added)) + (change - added))
+            state_error.index_add_(0, at, torch.where(used, left - error, 0.0))
         state_variance.index_add_(0, at, torch.where(used, change, 0.0))
     state_mean.index_add_(0, at, torch.where(used, w * delta, 0.0))
     state_count.index_add_(0, at, count)

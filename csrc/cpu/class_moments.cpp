@@ -124,7 +124,8 @@ double merge_weight(int64_t n, int64_t n_b, const std::optional<double>& momentu
 }
 
 void class_moments_merge_cpu(Tensor count, Tensor mean, OptionalTensor variance, Tensor key, Tensor state_count,
-                             Tensor state_mean, OptionalTensor state_variance, std::optional<double> momentum) {
+                             Tensor state_mean, OptionalTensor state_variance, OptionalTensor state_error,
+                             std::optional<double> momentum) {
   STD_TORCH_CHECK(
       state_mean.is_contiguous() && mean.is_contiguous() && variance.has_value() == state_variance.has_value(),
       "class_moments_merge: expected contiguous rows and state, both with a variance or neither");
@@ -135,8 +136,12 @@ void class_moments_merge_cpu(Tensor count, Tensor mean, OptionalTensor variance,
   int64_t* n = data<int64_t>(state_count);
   dispatch_floating(mean.scalar_type(), [&](auto tag) {
     using A = acc_t<decltype(tag)>;
-    const Merge<A> in{data<A>(mean), optional_data<A>(variance), data<A>(state_mean),
-                      const_cast<A*>(optional_data<A>(state_variance)), D};
+    const Merge<A> in{data<A>(mean),
+                      optional_data<A>(variance),
+                      data<A>(state_mean),
+                      const_cast<A*>(optional_data<A>(state_variance)),
+                      const_cast<A*>(optional_data<A>(state_error)),
+                      D};
     const MomentKernels<A> kernels = moment_kernels<A>();
     parallel_for(
         0, slots, std::max<int64_t>(1, kGrainElements / std::max<int64_t>(D, 1)), [&](int64_t from, int64_t to) {

@@ -22,8 +22,8 @@ struct Moments {
 
 template <class A>
 struct Merge {
-  const A *mean, *variance;        // (M, D) of a batch; variance null where absent
-  A *state_mean, *state_variance;  // (C, D)
+  const A *mean, *variance;                      // (M, D) of a batch; variance null where absent
+  A *state_mean, *state_variance, *state_error;  // (C, D); the last null where rounding errors are not kept
   int64_t D;
 };
 

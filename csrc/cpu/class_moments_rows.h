@@ -105,37 +105,47 @@ bool finite_row(const Moments<T>& in, int64_t i) {
   return sum_lanes<A>(odd) == A(0);
 }
 
-// m <- m + w (m_b - m);  v <- v + w (v_b - v + (1 - w) (m_b - m)^2)
+// m <- m + w (m_b - m)
 template <class A, class V>
-CLASSFAIR_INLINE void merge_value(A w, V batch_mean, V batch_variance, V* mean, V* variance) {
-  const V delta = batch_mean - *mean;
-  *mean = *mean + delta * w;
-  *variance = *variance + (batch_variance - *variance + delta * delta * (A(1) - w)) * w;
+CLASSFAIR_INLINE V merged_mean(A w, V batch, V mean) {
+  return mean + (batch - mean) * w;
+}
+
+// v <- v + w (v_b - v + (1 - w) (m_b - m)^2); what rounding leaves out goes to `error` (Knuth's TwoSum).
+template <class A, class V>
+CLASSFAIR_INLINE V merged_variance(A w, V batch, V variance, V delta, V* error) {
+  const V change = *error + (batch - variance + delta * delta * (A(1) - w)) * w;
+  const V sum = variance + change, added = sum - variance;
+  *error = (variance - (sum - added)) + (change - added);
+  return sum;
 }
 
 template <class A>
 void merge_columns(const Merge<A>& in, int64_t slot, int64_t label, A w, int64_t begin, int64_t end) {
-  const bool variance = in.variance != nullptr;
-  const A *batch_mean = in.mean + slot * in.D, *batch_variance = variance ? in.variance + slot * in.D : batch_mean;
-  A *mean = in.state_mean + label * in.D, *spread = variance ? in.state_variance + label * in.D : nullptr;
+  const bool spread = in.variance != nullptr, keep = in.state_error != nullptr;
+  const int64_t from = slot * in.D, to = label * in.D;
   if (w == A(1)) {  // the first batch of a class, exactly, and without 0 * inf where a square overflows
-    std::memcpy(mean + begin, batch_mean + begin, (end - begin) * sizeof(A));
-    if (variance) std::memcpy(spread + begin, batch_variance + begin, (end - begin) * sizeof(A));
+    const int64_t bytes = (end - begin) * sizeof(A);
+    std::memcpy(in.state_mean + to + begin, in.mean + from + begin, bytes);
+    if (spread) std::memcpy(in.state_variance + to + begin, in.variance + from + begin, bytes);
+    if (keep) std::memset(in.state_error + to + begin, 0, bytes);
     return;
   }
+  const auto merge = [&](int64_t c, auto load_at, auto store_at) {
+    const Vec<A> batch = load_at(in.mean + from + c), mean = load_at(in.state_mean + to + c);
+    store_at(in.state_mean + to + c, merged_mean(w, batch, mean));
+    if (!spread) return;
+    Vec<A> error = keep ? load_at(in.state_error + to + c) : Vec<A>{};
+    const Vec<A> own = load_at(in.variance + from + c), past = load_at(in.state_variance + to + c);
+    store_at(in.state_variance + to + c, merged_variance(w, own, past, batch - mean, &error));
+    if (keep) store_at(in.state_error + to + c, error);
+  };
   int64_t c = begin;
-  for (; c + kLanes<A> <= end; c += kLanes<A>) {
-    Vec<A> m = load(mean + c), s = variance ? load(spread + c) : Vec<A>{};
-    merge_value(w, load(batch_mean + c), load(batch_variance + c), &m, &s);
-    store(mean + c, m);
-    if (variance) store(spread + c, s);
-  }
-  if (c == end) return;
-  const int64_t rest = end - c;
-  Vec<A> m = load_some(mean + c, rest, A(0)), s = variance ? load_some(spread + c, rest, A(0)) : Vec<A>{};
-  merge_value(w, load_some(batch_mean + c, rest, A(0)), load_some(batch_variance + c, rest, A(0)), &m, &s);
-  store_some(mean + c, m, rest);
-  if (variance) store_some(spread + c, s, rest);
+  for (; c + kLanes<A> <= end; c += kLanes<A>)
+    merge(c, [](const A* p) { return load(p); }, [](A* p, Vec<A> v) { store(p, v); });
+  if (c < end)
+    merge(
+        c, [&](const A* p) { return load_some(p, end - c, A(0)); }, [&](A* p, Vec<A> v) { store_some(p, v, end - c); });
 }
 
 template <class T>
