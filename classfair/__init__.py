@@ -5,6 +5,7 @@ from classfair import data as data
 from classfair import nn as nn
 from classfair.functional import cross_entropy, cross_entropy_with_stats
 from classfair.losses import ClassBalancedLoss, CrossEntropyLoss, FocalLoss, LDAMLoss, LogitAdjustedLoss
+from classfair.moments import ClassMoments, ClassStatistics, class_moments
 from classfair.pair import PairTerms
 from classfair.priors import (
     effective_counts,
@@ -23,6 +24,8 @@ __version__ = "0.1.0"
 __all__ = [
     "BatchStats",
     "ClassBalancedLoss",
+    "ClassMoments",
+    "ClassStatistics",
     "CrossEntropyLoss",
     "DeferredReweighting",
     "FocalLoss",
@@ -33,6 +36,7 @@ __all__ = [
     "PairTerms",
     "Warmup",
     "class_counts",
+    "class_moments",
     "cross_entropy",
     "cross_entropy_with_stats",
     "effective_counts",

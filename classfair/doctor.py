@@ -13,7 +13,7 @@ import torch
 
 import classfair
 from classfair import backends
-from classfair.ops import label_index, softmax_loss
+from classfair.ops import class_moments, class_moments_merge, label_index, softmax_loss
 
 _PACKAGES = ("torch", "numpy", "triton", "scikit-learn", "matplotlib", "rich", "tyro")
 
@@ -67,9 +67,29 @@ def _test_label_index(backend: str, device: str) -> None:
             raise AssertionError(f"{got.tolist()} instead of {want.tolist()}")
 
 
+def _test_class_moments(backend: str, device: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    features = 3 + torch.randn(33, 17, generator=g)
+    target = torch.randint(0, 5, (33,), generator=g)
+
+    def compute(name: str, where: str, dtype: torch.dtype) -> list[torch.Tensor]:
+        index = label_index(target.to(where), 5, backend="reference")
+        batch = class_moments(features.to(where, dtype), index, backend=name)
+        count = torch.zeros(5, dtype=torch.int64, device=where)
+        mean, variance = torch.zeros(2, 5, 17, dtype=dtype, device=where)
+        for _ in range(2):
+            class_moments_merge(batch, index.key_of_slot, count, mean, variance, backend=name)
+        return [t.cpu().double() for t in (count, mean, variance)]
+
+    expected = compute("reference", "cpu", torch.float64)
+    for got, want in zip(compute(backend, device, torch.float32), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
 _SELF_TESTS: dict[str, Callable[[str, str], None]] = {
     "softmax_loss": _test_softmax_loss,
     "label_index": _test_label_index,
+    "class_moments": _test_class_moments,
 }
 
 

@@ -1,12 +1,12 @@
 """Drop-in losses that are vectors on top of :func:`classfair.cross_entropy`."""
 
-from collections.abc import Callable
 from typing import Any, TypedDict, Unpack
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from classfair import _validate as check
+from classfair._state import KeepsPrecision
 from classfair.functional import cross_entropy, cross_entropy_with_stats
 from classfair.priors import check_number, effective_number_weights, ldam_margins, logit_adjustment
 from classfair.statistics import BatchStats
@@ -25,7 +25,7 @@ class Keywords(TypedDict, total=False):
     backend: str | None
 
 
-class CrossEntropyLoss(nn.Module):
+class CrossEntropyLoss(KeepsPrecision):
     """:class:`torch.nn.CrossEntropyLoss` with per-class statistics from the same pass.
 
     In evaluation (``criterion.eval()``, or under ``no_grad`` or ``inference_mode``) the losses built on this class
@@ -149,16 +149,6 @@ class CrossEntropyLoss(nn.Module):
     def total_weight(self, target: Tensor | MixedTarget) -> Tensor:
         """What "mean" divides by, as :func:`classfair.total_weight` with the weights that :meth:`forward` would use."""
         return total_weight(target, weight=self._arguments()["weight"], ignore_index=self.ignore_index)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CrossEntropyLoss":
-        """State keeps its precision: ``.half()`` and ``.to(bfloat16)`` move it but do not round it."""
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = self._buffers[name]
-            if old is not None and new is not None and new.dtype.itemsize < old.dtype.itemsize:
-                self._buffers[name] = old.to(new.device)
-        return self
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any

@@ -1,6 +1,15 @@
 """The primitives: schema, fake kernel and autograd Function of one each."""
 
+from classfair.ops.class_moments import SlotMoments, class_moments, class_moments_merge
 from classfair.ops.label_index import LabelIndex, label_index
 from classfair.ops.softmax_loss import SoftmaxLoss, softmax_loss
 
-__all__ = ["LabelIndex", "SoftmaxLoss", "label_index", "softmax_loss"]
+__all__ = [
+    "LabelIndex",
+    "SlotMoments",
+    "SoftmaxLoss",
+    "class_moments",
+    "class_moments_merge",
+    "label_index",
+    "softmax_loss",
+]

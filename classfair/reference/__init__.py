@@ -4,7 +4,15 @@ In float64 it is the oracle of the conformance suite, and higher derivatives of 
 of these formulas. It runs on every device; autograd differentiates it.
 """
 
+from classfair.reference.class_moments import class_moments, class_moments_merge, merge_weight
 from classfair.reference.label_index import label_index
 from classfair.reference.softmax_loss import softmax_loss, softmax_loss_backward
 
-__all__ = ["label_index", "softmax_loss", "softmax_loss_backward"]
+__all__ = [
+    "class_moments",
+    "class_moments_merge",
+    "label_index",
+    "merge_weight",
+    "softmax_loss",
+    "softmax_loss_backward",
+]

@@ -1,0 +1,127 @@
+"""A batch into the state of its classes: slot rows by the primitive, full covariance in plain torch."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from classfair import backends
+from classfair.ops import LabelIndex, SlotMoments, class_moments, class_moments_merge, label_index
+from classfair.reference import merge_weight
+
+# A block with a single row would cost as much memory traffic as one with eight.
+_MIN_BLOCK_ROWS = 8
+
+
+class State(NamedTuple):
+    """Moments of C classes; all are written."""
+
+    count: Tensor  # type: ignore[assignment]  # (C,) int64
+    mean: Tensor  # (C, D)
+    cov: Tensor | None  # (C, D) variances, or (C, D, D)
+    error: Tensor | None  # (C, D), what rounding has left out of the variances; None where that is not kept
+
+
+def zero_state(num_classes: int, dim: int, covariance: str, dtype: torch.dtype, device: Any, error: bool) -> State:
+    """The state of no sample."""
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(num_classes, *shape, dtype=dtype, device=device)
+
+    shape = {"diag": (dim,), "full": (dim, dim)}.get(covariance)
+    count = torch.zeros(num_classes, dtype=torch.int64, device=device)
+    return State(count, zeros(dim), None if shape is None else zeros(*shape), zeros(dim) if error else None)
+
+
+def index_labels(target: Tensor, num_classes: int, ignore_index: int, backend: str | None) -> LabelIndex:
+    """The labels present, by the same back-end where it can."""
+    if backend not in backends.available("label_index", target.device.type):
+        backend = None  # class_moments says what is wrong with the name
+    return label_index(target, num_classes, ignore_index=ignore_index, backend=backend)
+
+
+def moments_of_slots(
+    features: Tensor, index: LabelIndex, state: State, *, variance: bool, backend: str | None
+) -> SlotMoments:
+    """Moments of a batch in the dtype of the state."""
+    batch, dtype = class_moments(features, index, variance=variance, backend=backend), state.mean.dtype
+    own = None if batch.variance is None else batch.variance.to(dtype)
+    return SlotMoments(batch.count, batch.mean.to(dtype), own, batch.nonfinite)
+
+
+def merge_rows(
+    features: Tensor,
+    target: Tensor,
+    state: State,
+    *,
+    momentum: float | None,
+    ignore_index: int,
+    backend: str | None,
+) -> Tensor:
+    """Merge a batch into the state; the number of its non-finite rows, () int64."""
+    full = state.cov is not None and state.cov.dim() == 3
+    index = index_labels(target, state.count.shape[0], ignore_index, backend)
+    diagonal = state.cov is not None and not full
+    batch = moments_of_slots(features, index, state, variance=diagonal, backend=backend)
+    if full:
+        _merge_covariance(features.detach(), index, batch, state, momentum)
+        state = state._replace(cov=None)
+    class_moments_merge(batch, index.key_of_slot, *state, momentum=momentum, backend=backend)
+    return batch.nonfinite
+
+
+class _Blocks(NamedTuple):
+    """Rows of each slot in blocks of B, K blocks in all: a number that depends on sizes only."""
+
+    slot: Tensor  # (K,)
+    row: Tensor  # (K, B)
+    present: Tensor  # (K, B) whether there is such a row
+    first: Tensor  # (K,) whether the block is the first of its slot
+    last: Tensor  # (K,)
+
+
+def _cut(index: LabelIndex) -> _Blocks:
+    rows, slots = index.order.shape[0], index.key_of_slot.shape[0]
+    size = max(_MIN_BLOCK_ROWS, -(-rows // slots))
+    number = torch.arange(rows // size + slots, device=index.order.device)
+    blocks = (index.start.diff() + size - 1) // size  # (M,)
+    end = blocks.cumsum(0)
+    slot = torch.searchsorted(end, number, right=True).clamp_max(slots - 1)
+    of_slot = number - (end - blocks)[slot]
+    position = (index.start[slot] + of_slot * size)[:, None] + torch.arange(size, device=number.device)
+    present = (position < index.start[slot + 1][:, None]) & (of_slot < blocks[slot])[:, None]
+    row = index.order[torch.where(present, position, 0)]
+    return _Blocks(slot, row, present, present[:, 0] & (of_slot == 0), present[:, 0] & (of_slot == blocks[slot] - 1))
+
+
+def _merge_covariance(
+    features: Tensor,  # (N, D)
+    index: LabelIndex,
+    batch: SlotMoments,
+    state: State,  # before the batch; cov (C, D, D) is written
+    momentum: float | None,
+) -> None:
+    """S <- S + w (S_b - S + (1 - w) d d'), d = m_b - m: Chan, Golub and LeVeque 1979, in matrix form.
+
+    A fixed number of steps, none of which looks at a value: no synchronisation. Apart from the state there are two
+    (D, D) tensors at a time. Rows of absent classes are not touched.
+    """
+    cov = state.cov
+    if features.shape[0] == 0 or cov is None:
+        return
+    blocks, key, mean = _cut(index), index.key_of_slot, batch.mean
+    counted = blocks.present & features.isfinite().all(1)[blocks.row]  # (K, B)
+    w = merge_weight(batch.count, state.count[key], momentum, mean.dtype)  # (M,)
+    w = torch.where(batch.count > 0, w, 0.0)
+    between = (1 - w).clamp_min(0).sqrt()[:, None] * (mean - state.mean[key])  # (M, D)
+    scale = batch.count.clamp_min(1).to(mean.dtype).rsqrt()  # (M,)
+    update = torch.zeros_like(cov[:1])
+    for k in range(blocks.slot.shape[0]):
+        slot, begins, ends = blocks.slot[k : k + 1], blocks.first[k], blocks.last[k]
+        x = features[blocks.row[k]].to(mean.dtype) - mean[slot]  # (B, D)
+        x = torch.where(counted[k, :, None], x, 0.0) * scale[slot]
+        x = torch.cat([x, between[slot] * begins])[None]  # (1, B + 1, D)
+        update.mul_(~begins).baddbmm_(x.mT, x)
+        # A block that is not the last of its slot, or of none, writes back what it read.
+        label = key[slot]
+        cov.index_copy_(0, label, cov[label].lerp_(update, (w[slot] * ends)[:, None, None]))

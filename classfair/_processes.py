@@ -1,0 +1,77 @@
+"""Batches of several processes together, each process with the same result: a constant number of collectives."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from classfair.ops import SlotMoments, class_moments_merge, label_index
+
+
+def agree_on_rows(features: Tensor, group: Any, max_batch: int | None) -> int:
+    """A number of rows that the batch of no process exceeds, the same for all."""
+    rows = features.shape[0]
+    if max_batch is not None:
+        if rows > max_batch:
+            raise ValueError(f"ClassStatistics.update: expected at most max_batch={max_batch} samples, got {rows}")
+        return max_batch
+    largest = torch.tensor(rows, device=features.device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+    return int(largest)
+
+
+def _padded(value: Tensor, rows: int, fill: float = 0) -> Tensor:
+    out = value.new_full((rows, *value.shape[1:]), fill)
+    out[: value.shape[0]] = value
+    return out
+
+
+def _all_gather(value: Tensor, group: Any) -> Tensor:
+    """(...) of each process to (processes, ...), in rank order."""
+    out = value.new_empty((dist.get_world_size(group), *value.shape))
+    dist.all_gather(list(out.unbind(0)), value, group=group)
+    return out
+
+
+def gather_rows(
+    features: Tensor, target: Tensor, ignore_index: int, group: Any, max_batch: int | None
+) -> tuple[Tensor, Tensor]:
+    """Features (P * rows, D) and labels of all processes; what fills up a smaller batch is ignored."""
+    rows = agree_on_rows(features, group, max_batch)
+    every_target = _all_gather(_padded(target, rows, ignore_index), group)
+    return _all_gather(_padded(features.detach(), rows), group).flatten(0, 1), every_target.flatten()
+
+
+def gather_moments(batch: SlotMoments, key: Tensor, slots: int, group: Any) -> tuple[list[SlotMoments], Tensor]:
+    """The rows of every process, (slots, D) each, and their classes (P, slots), -1 where there is none."""
+    integers = torch.cat([_padded(batch.count, slots), _padded(key, slots), batch.nonfinite[None]])
+    floats = [_padded(batch.mean, slots)]
+    if batch.variance is not None:
+        floats.append(_padded(batch.variance, slots))
+    every_integer = _all_gather(integers, group)
+    every_float = _all_gather(torch.stack(floats), group)
+    count, keys, nonfinite = every_integer.split([slots, slots, 1], 1)
+    batches = []
+    for p in range(count.shape[0]):
+        mean, *variance = every_float[p]
+        batches.append(SlotMoments(count[p], mean, variance[0] if variance else None, nonfinite[p, 0]))
+    return batches, torch.where(count > 0, keys, -1)
+
+
+def merge_batches(
+    batches: list[SlotMoments], keys: Tensor, num_classes: int, backend: str | None
+) -> tuple[SlotMoments, Tensor]:
+    """One batch from those of all processes, merged in rank order, and the classes of its rows.
+
+    First with each other, then into the state: an exponential state fades once a step, however many processes.
+    """
+    index = label_index(keys.flatten(), num_classes, ignore_index=-1)
+    slot, slots = index.slot.view_as(keys), index.key_of_slot.shape[0]
+    mean = batches[0].mean.new_zeros(slots, batches[0].mean.shape[1])
+    variance = None if batches[0].variance is None else torch.zeros_like(mean)
+    count = keys.new_zeros(slots)
+    for p, batch in enumerate(batches):
+        class_moments_merge(batch, slot[p], count, mean, variance, backend=backend)
+    nonfinite = torch.stack([batch.nonfinite for batch in batches]).sum()
+    return SlotMoments(count, mean, variance, nonfinite), index.key_of_slot
