@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 BACKENDS = ("native", "triton", "reference")
-PRIMITIVES = {"softmax_loss": "softmax_loss_fwd", "label_index": "label_index"}
+PRIMITIVES = {"softmax_loss": "softmax_loss_fwd", "label_index": "label_index", "pair_terms": "pair_terms_fwd"}
 
 #: Why a module with kernels could not be imported, by module name.
 load_errors: dict[str, str] = {}

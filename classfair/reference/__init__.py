@@ -5,6 +5,22 @@ of these formulas. It runs on every device; autograd differentiates it.
 """
 
 from classfair.reference.label_index import label_index
+from classfair.reference.pair_terms import (
+    pair_terms,
+    pair_terms_backward,
+    pair_terms_backward_jvp,
+    pair_terms_double_backward,
+    pair_terms_jvp,
+)
 from classfair.reference.softmax_loss import softmax_loss, softmax_loss_backward
 
-__all__ = ["label_index", "softmax_loss", "softmax_loss_backward"]
+__all__ = [
+    "label_index",
+    "pair_terms",
+    "pair_terms_backward",
+    "pair_terms_backward_jvp",
+    "pair_terms_double_backward",
+    "pair_terms_jvp",
+    "softmax_loss",
+    "softmax_loss_backward",
+]
