@@ -13,8 +13,9 @@ constexpr double kPairThreshold = 1e-12;
 
 // Blocks of a forward: kForwardClasses x kForwardFeatures floats (256 KB) stay in L2 while the rows of a block pass.
 constexpr int64_t kForwardRows = 64, kForwardClasses = 128, kForwardFeatures = 512;
-// Blocks of a backward: coefficients of kBackwardRows x kBackwardClasses pairs stay in L2 while features pass.
-constexpr int64_t kBackwardRows = 128, kBackwardClasses = 128;
+// Blocks of a backward: the coefficients of kBackwardRows x kBackwardClasses pairs (512 KB) stay near while features
+// pass, a few at a time, in panels of rows and of kPanelClasses classes (8 KB) that stay in L1.
+constexpr int64_t kBackwardRows = 128, kBackwardClasses = 512, kPanelClasses = 128;
 
 template <class A>
 struct PairInputs {

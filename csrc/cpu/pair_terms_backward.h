@@ -59,8 +59,8 @@ void pack_coefficients(const PairBackward<A>& b, int64_t first_row, int64_t rows
   }
 }
 
-// One vector of features of kPairRows rows against all classes of the block: adds to the classes' gradients and writes
-// the rows', and those of the diagonals before their factor 1/2. All in panels.
+// One vector of features of kPairRows rows against the classes of a panel: adds to the classes' gradients, to the rows'
+// and, before their factor 1/2, to the diagonals'. All in panels.
 template <bool kForm, bool kSquare, bool kCov, class A>
 void backward_tile(const A* coefficients, int64_t classes, const A* other, A* class_sum, const A* own_panel,
                    const A* cov_panel, A* row_panel, A* cov_sum_panel) {
@@ -93,8 +93,9 @@ void backward_tile(const A* coefficients, int64_t classes, const A* other, A* cl
     store(class_sum + c * kPanel<A>, sum);
   }
   for (int64_t i = 0; i < kPairRows; ++i) {
-    store(row_panel + i * kPanel<A>, kForm && !kSquare ? row_sum[i] * cov[i] : row_sum[i]);
-    if (kCov) store(cov_sum_panel + i * kPanel<A>, cov_sum[i]);
+    A *row_at = row_panel + i * kPanel<A>, *cov_at = cov_sum_panel + i * kPanel<A>;
+    store(row_at, load(row_at) + (kForm && !kSquare ? row_sum[i] * cov[i] : row_sum[i]));
+    if (kCov) store(cov_at, load(cov_at) + cov_sum[i]);
   }
 }
 
@@ -102,11 +103,11 @@ template <bool kForm, bool kSquare, bool kCov, class A>
 void backward_pairs(const PairBackward<A>& b, int64_t begin, int64_t end) {
   static_assert(kBackwardRows % kPairRows == 0);
   const PairInputs<A>& in = b.in;
-  constexpr int64_t kRowPanel = kBackwardRows * kPanel<A>, kClassPanel = kBackwardClasses * kPanel<A>;
-  A* coefficients = scratch<A>(kBackwardRows * kBackwardClasses * 2 + 4 * kRowPanel + 2 * kClassPanel);
-  A* own = coefficients + kBackwardRows * kBackwardClasses * 2;
-  A *cov = own + kRowPanel, *row_sum = cov + kRowPanel, *cov_sum = row_sum + kRowPanel;
-  A *other = cov_sum + kRowPanel, *class_sum = other + kClassPanel;
+  constexpr int64_t kCoefficients = 2 * kBackwardRows * kBackwardClasses;
+  constexpr int64_t kRowPanel = kBackwardRows * kPanel<A>, kClassPanel = kPanelClasses * kPanel<A>;
+  A* coefficients = scratch<A>(kCoefficients + 4 * kRowPanel + 2 * kClassPanel);
+  A *own = coefficients + kCoefficients, *cov = own + kRowPanel, *row_sum = cov + kRowPanel;
+  A *cov_sum = row_sum + kRowPanel, *other = cov_sum + kRowPanel, *class_sum = other + kClassPanel;
   int64_t row_offset[kBackwardRows], class_offset[kBackwardClasses];
   for (int64_t first_row = 0; first_row < in.used; first_row += kBackwardRows)
     for (int64_t first_class = 0; first_class < in.C; first_class += kBackwardClasses) {
@@ -120,15 +121,19 @@ void backward_pairs(const PairBackward<A>& b, int64_t begin, int64_t end) {
         const int64_t first = p * kPanel<A>, count = std::min(kPanel<A>, in.D - first);
         gather_panel(in.weight, row_offset, full, first, count, own);
         if (kForm) gather_panel(in.cov, row_offset, full, first, count, cov);
-        gather_panel(in.weight, class_offset, classes, first, count, other);
-        std::fill_n(class_sum, kClassPanel, A(0));
-        for (int64_t r = 0; r < rows; r += kPairRows)
-          for (int64_t k = 0; k < count; k += kLanes<A>) {
-            const int64_t at = r * kPanel<A> + k;
-            backward_tile<kForm, kSquare, kCov>(coefficients + r * classes * 2, classes, other + k, class_sum + k,
-                                                own + at, cov + at, row_sum + at, cov_sum + at);
-          }
-        scatter_panel(class_sum, A(1), class_offset, classes, first, count, b.grad_weight);
+        std::fill_n(row_sum, 2 * kRowPanel, A(0));
+        for (int64_t c = 0; c < classes; c += kPanelClasses) {
+          const int64_t some = std::min(kPanelClasses, classes - c);
+          gather_panel(in.weight, class_offset + c, some, first, count, other);
+          std::fill_n(class_sum, kClassPanel, A(0));
+          for (int64_t r = 0; r < rows; r += kPairRows)
+            for (int64_t k = 0; k < count; k += kLanes<A>) {
+              const int64_t at = r * kPanel<A> + k;
+              backward_tile<kForm, kSquare, kCov>(coefficients + (r * classes + c * kPairRows) * 2, some, other + k,
+                                                  class_sum + k, own + at, cov + at, row_sum + at, cov_sum + at);
+            }
+          scatter_panel(class_sum, A(1), class_offset + c, some, first, count, b.grad_weight);
+        }
         scatter_panel(row_sum, A(-1), row_offset, rows, first, count, b.grad_weight);
         if (kCov) scatter_panel(cov_sum, A(0.5), row_offset, rows, first, count, b.grad_cov);
       }
