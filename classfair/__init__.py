@@ -8,7 +8,7 @@ from classfair.losses import (
     logit_adjustment,
     posthoc_logit_adjustment,
 )
-from classfair.pair import PairTerms
+from classfair.pair import PairTerms, distance_margin, mean_class_distance, pair_variance
 from classfair.statistics import BatchStats, JointRows
 from classfair.targets import MixedTarget, class_counts
 
@@ -24,7 +24,10 @@ __all__ = [
     "class_counts",
     "cross_entropy",
     "cross_entropy_with_stats",
+    "distance_margin",
     "logit_adjustment",
+    "mean_class_distance",
+    "pair_variance",
     "posthoc_logit_adjustment",
 ]
 

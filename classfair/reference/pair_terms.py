@@ -40,9 +40,10 @@ def _chunks(weight: Tensor, label: Tensor, num_slots: Tensor) -> Iterator[Chunk]
 
 def _form(difference: Tensor, cov: Tensor) -> Tensor:
     """d' S d (K, C) of (K, C, D) differences, with diagonals (K, D) or matrices (K, D, D)."""
-    if cov.dim() == 2:
-        return (difference.square() @ cov[:, :, None]).squeeze(2)
-    form = ((difference @ cov) * difference).sum(2)
+    with torch.autocast(difference.device.type, enabled=False):  # it would round the factors
+        if cov.dim() == 2:
+            return (difference.square() @ cov[:, :, None]).squeeze(2)
+        form = ((difference @ cov) * difference).sum(2)
     return form + (form.clamp_min(0) - form).detach()  # rounding may leave a small negative number
 
 
