@@ -6,7 +6,7 @@ from classfair import nn as nn
 from classfair.functional import cross_entropy, cross_entropy_with_stats
 from classfair.losses import ClassBalancedLoss, CrossEntropyLoss, FocalLoss, LDAMLoss, LogitAdjustedLoss
 from classfair.moments import ClassMoments, ClassStatistics, class_moments
-from classfair.pair import PairTerms
+from classfair.pair import PairTerms, distance_margin, mean_class_distance, pair_variance
 from classfair.priors import (
     effective_counts,
     effective_number_weights,
@@ -39,11 +39,14 @@ __all__ = [
     "class_moments",
     "cross_entropy",
     "cross_entropy_with_stats",
+    "distance_margin",
     "effective_counts",
     "effective_frequency",
     "effective_number_weights",
     "ldam_margins",
     "logit_adjustment",
+    "mean_class_distance",
+    "pair_variance",
     "posthoc_logit_adjustment",
     "tau_normalize",
     "total_weight",

@@ -51,9 +51,20 @@ def check_floats(function: str, name: str, value: Any, shape: Sequence[int]) -> 
         raise ValueError(f"{function}: expected {name} of shape {tuple(shape)}, got {tuple(value.shape)}")
 
 
-def check_device(function: str, name: str, value: Tensor, device: torch.device) -> None:
+def check_device(function: str, name: str, value: Tensor, device: torch.device, of: str = "logits") -> None:
     if value.device != device:
-        raise ValueError(f"{function}: expected {name} on the device of the logits, {device}, got {value.device}")
+        raise ValueError(f"{function}: expected {name} on the device of the {of}, {device}, got {value.device}")
+
+
+def check_matrix(function: str, name: str, value: Any) -> None:
+    """A dense floating tensor of two dimensions, the first at least 1."""
+    if not isinstance(value, Tensor) or value.dtype not in FLOATS:
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{function}: expected {name} as a floating tensor, got {got}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{function}: expected dense (strided) {name}, got layout {value.layout}")
+    if value.dim() != 2 or value.shape[0] == 0:
+        raise ValueError(f"{function}: expected {name} of shape (C, D) with C >= 1, got {tuple(value.shape)}")
 
 
 def check_range(function: str, name: str, value: float, low: float, high: float = math.inf) -> None:

@@ -19,7 +19,12 @@ from typing import Any
 import torch
 
 BACKENDS = ("native", "triton", "reference")
-PRIMITIVES = {"softmax_loss": "softmax_loss_fwd", "label_index": "label_index", "class_moments": "class_moments"}
+PRIMITIVES = {
+    "softmax_loss": "softmax_loss_fwd",
+    "label_index": "label_index",
+    "class_moments": "class_moments",
+    "pair_terms": "pair_terms_fwd",
+}
 
 #: Why a module with kernels could not be imported, by module name.
 load_errors: dict[str, str] = {}

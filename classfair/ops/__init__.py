@@ -2,14 +2,17 @@
 
 from classfair.ops.class_moments import SlotMoments, class_moments, class_moments_merge
 from classfair.ops.label_index import LabelIndex, label_index
+from classfair.ops.pair_terms import PairTermRows, pair_terms
 from classfair.ops.softmax_loss import SoftmaxLoss, softmax_loss
 
 __all__ = [
     "LabelIndex",
+    "PairTermRows",
     "SlotMoments",
     "SoftmaxLoss",
     "class_moments",
     "class_moments_merge",
     "label_index",
+    "pair_terms",
     "softmax_loss",
 ]

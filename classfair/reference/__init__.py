@@ -6,6 +6,13 @@ of these formulas. It runs on every device; autograd differentiates it.
 
 from classfair.reference.class_moments import class_moments, class_moments_merge, merge_weight
 from classfair.reference.label_index import label_index
+from classfair.reference.pair_terms import (
+    pair_terms,
+    pair_terms_backward,
+    pair_terms_backward_jvp,
+    pair_terms_double_backward,
+    pair_terms_jvp,
+)
 from classfair.reference.softmax_loss import softmax_loss, softmax_loss_backward
 
 __all__ = [
@@ -13,6 +20,11 @@ __all__ = [
     "class_moments_merge",
     "label_index",
     "merge_weight",
+    "pair_terms",
+    "pair_terms_backward",
+    "pair_terms_backward_jvp",
+    "pair_terms_double_backward",
+    "pair_terms_jvp",
     "softmax_loss",
     "softmax_loss_backward",
 ]

@@ -147,6 +147,26 @@ CLASSFAIR_INLINE A sum_lanes(Vec<A> v) {
     for (int64_t i = 0; i < half; ++i) lane[i] += lane[i + half];
   return lane[0];
 }
+// Of eight vectors at once, at a fifth of the cost; in an order of its own.
+template <class A>
+CLASSFAIR_INLINE void sum_lanes(const Vec<A>* v, A* sums) {
+  for (int64_t i = 0; i < 8; ++i) sums[i] = sum_lanes<A>(v[i]);
+}
+#if CLASSFAIR_VECTOR_BYTES >= 32
+CLASSFAIR_INLINE void sum_lanes(const FloatV* v, float* sums) {
+  __m256 half[8];
+  for (int64_t i = 0; i < 8; ++i) {
+#if CLASSFAIR_VECTOR_BYTES == 64
+    half[i] = _mm256_add_ps(_mm512_castps512_ps256((__m512)v[i]), _mm512_extractf32x8_ps((__m512)v[i], 1));
+#else
+    half[i] = (__m256)v[i];
+#endif
+  }
+  const __m256 a = _mm256_hadd_ps(_mm256_hadd_ps(half[0], half[1]), _mm256_hadd_ps(half[2], half[3]));
+  const __m256 b = _mm256_hadd_ps(_mm256_hadd_ps(half[4], half[5]), _mm256_hadd_ps(half[6], half[7]));
+  _mm256_storeu_ps(sums, _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31)));
+}
+#endif
 template <class A>
 CLASSFAIR_INLINE A max_lanes(Vec<A> v) {
   A best = v[0];
