@@ -3,6 +3,7 @@
 from classfair import backends as _backends
 from classfair import data as data
 from classfair import nn as nn
+from classfair.feature_losses import ISDALoss, MetaLADLoss
 from classfair.functional import cross_entropy, cross_entropy_with_stats
 from classfair.losses import ClassBalancedLoss, CrossEntropyLoss, FocalLoss, LDAMLoss, LogitAdjustedLoss
 from classfair.moments import ClassMoments, ClassStatistics, class_moments
@@ -15,7 +16,7 @@ from classfair.priors import (
     posthoc_logit_adjustment,
     tau_normalize,
 )
-from classfair.schedules import DeferredReweighting, Warmup
+from classfair.schedules import DeferredReweighting, ISDARamp, Warmup
 from classfair.statistics import BatchStats, JointRows, effective_frequency
 from classfair.targets import MixedTarget, class_counts, total_weight
 
@@ -29,9 +30,12 @@ __all__ = [
     "CrossEntropyLoss",
     "DeferredReweighting",
     "FocalLoss",
+    "ISDALoss",
+    "ISDARamp",
     "JointRows",
     "LDAMLoss",
     "LogitAdjustedLoss",
+    "MetaLADLoss",
     "MixedTarget",
     "PairTerms",
     "Warmup",

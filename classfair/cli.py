@@ -50,6 +50,10 @@ NAMES = {
     "ldam": "label-distribution-aware margins",
     "cb": "class-balanced weights",
     "focal": "focal loss",
+    "isda": "implicit semantic data augmentation",
+    "nisda": "normalised ISDA",
+    "distance": "class distance",
+    "metalad": "proportion, variance and distance",
 }
 
 HEADINGS = {

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from classfair.feature_losses import ISDALoss
 from classfair.losses import CrossEntropyLoss
 from classfair.priors import check_number, effective_number_weights
 
@@ -154,3 +155,43 @@ class Warmup(_Schedule):
         if full and set(full) != set(self.full):
             raise ValueError(f"Warmup: expected a state of {sorted(self.full)}, got one of {sorted(full)}")
         super().load_state_dict(state_dict)
+
+
+class ISDARamp(_Schedule):
+    r"""The strength of :class:`ISDALoss`, grown linearly: :math:`\lambda_0 e / E` in epoch e of E.
+
+    It is 0 in the first epoch, where covariances are those of an untrained network, and never quite reaches
+    :math:`\lambda_0`, as in the authors' code.
+    Source: Wang et al. 2019, "Implicit Semantic Data Augmentation for Deep Networks", section 3.3.
+
+    Args:
+        criterion: an :class:`ISDALoss`; its strength is :math:`\lambda_0`.
+        epochs: E >= 1.
+
+    State: ``last_epoch``, ``epochs`` and the full strength. It is applied at construction, for epoch 0.
+
+    Raises:
+        TypeError, ValueError: another kind of criterion; epochs < 1.
+
+    Example:
+        >>> criterion = classfair.ISDALoss(num_classes=3, feature_dim=2, strength=0.5)
+        >>> schedule = ISDARamp(criterion, epochs=4)
+        >>> schedule.step()
+        >>> criterion.strength.item()
+        0.125
+    """
+
+    _STATE = ("last_epoch", "epochs", "full")
+
+    def __init__(self, criterion: ISDALoss, epochs: int) -> None:
+        super().__init__(criterion)
+        if not isinstance(self.criterion, ISDALoss):
+            raise TypeError(f"ISDARamp: expected criterion as ISDALoss, got {type(self.criterion).__name__}")
+        check_number("ISDARamp", "epochs", epochs, 1)
+        self.epochs = epochs
+        self.full = float(self.criterion.strength)
+        self._put()
+
+    def _put(self) -> None:
+        assert isinstance(self.criterion, ISDALoss)
+        self.criterion.strength.fill_(self.full * min(1.0, self.last_epoch / self.epochs))

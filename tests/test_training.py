@@ -155,8 +155,14 @@ def test_model_has_the_initial_distribution_of_linear():
         ({"imbalance": 0.5}, "expected imbalance from 1 to 80 .*, got 0.5"),
         ({"imbalance": 81.0}, "expected imbalance from 1 to 80 .*, got 81.0"),
         ({"few_shot": 26}, r"expected few_shot from 0 to many_shot \(25\), got 26"),
-        ({"loss": ()}, "expected loss to be one or several of ce, la, ldam, cb, focal, got none"),
-        ({"loss": ("ce", "mse")}, "expected loss to be one or several of ce, la, ldam, cb, focal, got ce mse"),
+        (
+            {"loss": ()},
+            "expected loss to be one or several of ce, la, ldam, cb, focal, isda, nisda, distance, metalad, got none",
+        ),
+        (
+            {"loss": ("ce", "mse")},
+            "expected loss to be one or several of ce, la, ldam, cb, focal, isda, nisda, distance, metalad, got ce mse",
+        ),
         ({"data": "mnist"}, "expected data to be digits or imagefolder:DIR, got mnist"),
         ({"data": "imagefolder:"}, "expected data to be digits or imagefolder:DIR, got imagefolder:"),
         ({"opt": "lion"}, "expected opt to be sgd or adamw, got lion"),

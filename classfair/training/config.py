@@ -9,7 +9,8 @@ from typing import Any
 
 from classfair.training.digits import HEAD_COUNT
 
-LOSSES = ("ce", "la", "ldam", "cb", "focal")
+LOSSES = ("ce", "la", "ldam", "cb", "focal", "isda", "nisda", "distance", "metalad")
+FEATURE_LOSSES = ("isda", "nisda", "distance", "metalad")
 OPTIMIZERS = ("sgd", "adamw")
 LR_SCHEDULES = ("cosine", "step", "constant")
 SAMPLERS = ("shuffle", "class-balanced")
@@ -56,15 +57,23 @@ class TrainConfig:
     loss: tuple[str, ...] = _option(
         ("ce", "la"),
         "Losses to train with, one or several: ce is plain cross-entropy, la logit adjustment, ldam label-distribution-"
-        "aware margins on a cosine head, cb class-balanced weights, focal the focal loss.",
+        "aware margins on a cosine head, cb class-balanced weights, focal the focal loss; from class statistics "
+        "of features: isda, nisda, distance, and metalad, the sum of la, nisda and distance.",
         images=("ce",),
-        metavar="{ce,la,ldam,cb,focal} ...",
+        metavar="{ce,la,ldam,cb,focal,isda,nisda,distance,metalad} ...",
     )
     tau: float = _option(1.0, "Strength of logit adjustment, no unit; 0 is plain cross-entropy. Only la uses it.")
     max_margin: float = _option(0.5, "Margin of the rarest class in units of cosine. Only ldam uses it.")
     cosine_scale: float = _option(30.0, "Scale of the cosine head. Only ldam uses it.")
     beta: float = _option(0.9999, "Effective number of samples: from 0 (no weights) to below 1. cb and --drw-start.")
     gamma: float = _option(2.0, "Focusing exponent, at least 0. Only focal uses it.")
+    strength: float = _option(
+        7.5, "Full strength of isda, reached along a ramp over all epochs; 7.5 is usual with diagonal covariances."
+    )
+    omega: tuple[float, float, float] = _option(
+        (1.0, 1.0, 1.0),
+        "Weights of class proportion, class variance and class distance in metalad, nisda and distance.",
+    )
     label_smoothing: float = _option(0.0, "Share of the target spread over all classes.", aliases=("--smoothing",))
     drw_start: int = _option(0, "Epoch from which classes are re-weighted as in cb; 0: never.")
     loss_warmup: int = _option(0, "Epochs over which the loss turns from plain cross-entropy into itself.")
@@ -140,6 +149,7 @@ class TrainConfig:
         object.__setattr__(self, "loss", tuple(dict.fromkeys(self.loss)))
         object.__setattr__(self, "model_kwargs", tuple(self.model_kwargs))
         object.__setattr__(self, "scale", tuple(self.scale))
+        object.__setattr__(self, "omega", tuple(self.omega))
         for name, (holds, expected) in {**self._choices(), **self._ranges(), **self._combinations()}.items():
             if not holds:
                 value = getattr(self, name)
@@ -177,7 +187,7 @@ class TrainConfig:
             "save_every",
         ):
             rules[name] = (getattr(self, name) >= 1, "of at least 1")
-        for name in ("tau", "gamma", "weight_decay", "clip_grad", "mixup", "cutmix", "max_margin"):
+        for name in ("tau", "gamma", "weight_decay", "clip_grad", "mixup", "cutmix", "max_margin", "strength"):
             rules[name] = (_within(getattr(self, name), 0), "of at least 0")
         for name in ("drw_start", "loss_warmup", "lr_warmup_epochs", "workers"):
             rules[name] = (getattr(self, name) >= 0, "of at least 0")
@@ -189,6 +199,7 @@ class TrainConfig:
             rules[name] = (0 <= getattr(self, name) < 1, "from 0 up to but excluding 1")
         return rules | {
             "seed": (0 <= self.seed < 2**32 - max(self.seeds, 1), "from 0 up to 2**32 - seeds"),
+            "omega": (all(map(math.isfinite, self.omega)), "as three finite numbers"),
             "scale": (0 < self.scale[0] <= self.scale[1] <= 1, "as two ascending shares of 1"),
             "imbalance": (
                 1 <= self.imbalance <= HEAD_COUNT,
@@ -206,7 +217,7 @@ class TrainConfig:
         if self.val_dir:
             rules["split"] = (self.split == 0, "to be left out with val_dir")
         if self.loss_warmup:
-            ramped = not {"ce", "focal"} & set(self.loss)
+            ramped = set(self.loss) <= {"la", "ldam", "cb"}
             rules["loss_warmup"] = (ramped, "with losses that have something to ramp (la, ldam, cb)")
         if self.drw_start:
             rules["drw_start"] = (self.drw_start < self.epochs, f"below epochs ({self.epochs})")

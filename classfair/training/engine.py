@@ -6,15 +6,16 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import classfair
-from classfair.nn import CosineLinear, replace_head
-from classfair.training.config import TrainConfig
+from classfair.feature_losses import FeatureLoss
+from classfair.nn import CosineLinear, WithFeatures, replace_head, with_features
+from classfair.training.config import FEATURE_LOSSES, TrainConfig
 from classfair.training.data import Data, EvaluationOrder, TrainingOrder, derived_seed, load_data, loader
 from classfair.training.distributed import Processes
 from classfair.training.models import build_model
@@ -67,12 +68,16 @@ class Run:
         frequency = None
         if config.effective_frequency:
             frequency = read_effective_frequency(Path(config.effective_frequency), seed, data.class_names)
-        self.model = build_model(config, num_classes, seed)
+        self.model: nn.Module = build_model(config, num_classes, seed)
         if loss == "ldam":
             torch.manual_seed(derived_seed(seed, 0))
             replace_head(self.model, lambda head: CosineLinear(head.in_features, num_classes, config.cosine_scale))
+        feature_dim = 0
+        if loss in FEATURE_LOSSES:
+            self.model = with_features(self.model)
+            feature_dim = cast(Tensor, self.model.head.weight).shape[1]
         self.model.to(device)
-        self.criterion = build_criterion(loss, config, counts, frequency).to(device)
+        self.criterion = build_criterion(loss, config, counts, frequency, feature_dim).to(device)
         self.optimizer = build_optimizer(self.model, config)
         self.lr_schedule = build_lr_schedule(self.optimizer, config)
         self.schedules = build_schedules(self.criterion, config, counts)
@@ -122,9 +127,7 @@ class Run:
         self.optimizer.zero_grad()
         for i, ((images, target), weight) in enumerate(zip(window, weights, strict=True)):
             with self._no_sync(wait=i + 1 < len(window)):
-                with self._autocast():
-                    logits = self.net(images.to(self.device, non_blocking=True))  # (B, C)
-                loss, stats = self.criterion.with_stats(logits, target, differentiable=False)
+                loss, stats = self._loss(self.net, images, target, differentiable=False)
                 self.scaler.scale(loss * share).backward()
             totals.add(loss, weight, stats)
         if self.config.clip_grad:
@@ -132,6 +135,17 @@ class Run:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+
+    def _loss(self, net: nn.Module, images: Tensor, target: Any, **options: Any) -> tuple[Tensor, classfair.BatchStats]:
+        with self._autocast():
+            output = net(images.to(self.device, non_blocking=True))
+        if not isinstance(self.criterion, FeatureLoss):
+            return self.criterion.with_stats(output, target, **options)
+        features, logits = output  # (B, D), (B, C)
+        assert isinstance(self.model, WithFeatures)
+        head: Any = self.model.head
+        bias = getattr(head, "bias", None)
+        return self.criterion.with_stats(features, head.weight, target, logits=logits, linear_bias=bias, **options)
 
     @torch.no_grad()
     def evaluate(self) -> Totals:
@@ -141,9 +155,7 @@ class Run:
         totals = Totals(len(self.data.class_names), self.device)
         order = EvaluationOrder(self.data.num_val, self.config.val_batch_size, self.processes)
         for images, target in self._batches(loader(self.data.val, order, self.config, self.device)):
-            with self._autocast():
-                logits = self.model(images.to(self.device, non_blocking=True))
-            loss, stats = self.criterion.with_stats(logits, target)
+            loss, stats = self._loss(self.model, images, target)
             totals.add(loss, stats.count.sum(), stats)
         return totals.merge(self.processes)
 

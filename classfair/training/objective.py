@@ -13,11 +13,12 @@ from torch.optim import lr_scheduler
 import classfair
 from classfair.training.config import TrainConfig
 
+TERMS = {"nisda": ("variance",), "distance": ("distance",), "metalad": ("proportion", "variance", "distance")}
 WARMUP_START = 0.01  # of the learning rate, in the first epoch of its warm-up
 
 
 def build_criterion(
-    loss: str, config: TrainConfig, counts: Tensor, frequency: Tensor | None
+    loss: str, config: TrainConfig, counts: Tensor, frequency: Tensor | None, feature_dim: int
 ) -> classfair.CrossEntropyLoss:
     """The loss as a sum over images: the step divides by the weights of all processes and forward passes."""
     common: dict[str, Any] = {"reduction": "sum", "label_smoothing": config.label_smoothing}
@@ -28,6 +29,10 @@ def build_criterion(
     if loss == "cb":
         weighted = counts if frequency is None else frequency * counts
         return classfair.ClassBalancedLoss(weighted, config.beta, **common)
+    if loss == "isda":
+        return classfair.ISDALoss(counts.numel(), feature_dim, strength=config.strength, **common)
+    if loss in TERMS:
+        return classfair.MetaLADLoss(counts, feature_dim, omega=config.omega, terms=TERMS[loss], **common)
     if loss == "focal":
         return classfair.FocalLoss(config.gamma, **common)
     return classfair.CrossEntropyLoss(**common)
@@ -36,6 +41,8 @@ def build_criterion(
 def build_schedules(criterion: classfair.CrossEntropyLoss, config: TrainConfig, counts: Tensor) -> list[Any]:
     """What changes the loss from epoch to epoch."""
     schedules: list[Any] = []
+    if isinstance(criterion, classfair.ISDALoss):
+        schedules.append(classfair.ISDARamp(criterion, config.epochs))
     if config.loss_warmup:
         schedules.append(classfair.Warmup(criterion, config.loss_warmup))
     if config.drw_start:

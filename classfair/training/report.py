@@ -25,6 +25,10 @@ STYLE = {  # label, colour (told apart by colour-blind readers too), marker, shi
     "ldam": ("LDAM", "#009E73", "^", -0.24),
     "cb": ("class-balanced", "#CC79A7", "D", 0.24),
     "focal": ("focal", "#E69F00", "v", 0.0),
+    "isda": ("ISDA", "#56B4E9", "P", -0.18),
+    "nisda": ("NISDA", "#F0E442", "X", 0.18),
+    "distance": ("class distance", "#000000", "<", -0.06),
+    "metalad": ("MetaLAD", "#999999", ">", 0.06),
 }
 MANY_CLASSES = 40  # above, ranks instead of counts on the axis, a dot per class and a line through their running mean
 
