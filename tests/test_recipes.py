@@ -301,9 +301,9 @@ def test_counts_of_an_image_folder_as_timm_reads_it(tmp_path):
         (tmp_path / name).mkdir()
         for i in range(images):
             Image.new("RGB", (8, 8)).save(tmp_path / name / f"{i}.png")
-    dataset_train = data.create_dataset("", root=str(tmp_path))
+    names = {"classfair": classfair, "dataset_train": data.create_dataset("", root=str(tmp_path))}
     (line,) = re.findall(r"^\+ *counts = (.*)$", RECIPES.read_text(), re.M)
-    assert eval(line.replace("args.num_classes", "2")).tolist() == [3, 2]
+    assert eval(line.replace("args.num_classes", "2"), names).tolist() == [3, 2]
 
 
 @pytest.mark.filterwarnings("ignore")  # of Lightning: few workers, what torch will rename
