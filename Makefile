@@ -11,7 +11,7 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*) setup.py pyproject.toml
 INTERPRETED = TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_conformance.py -W ignore::RuntimeWarning
 CPP := $(filter-out %.py,$(wildcard csrc/*.cpp csrc/*.h csrc/*/*))
 
-.PHONY: help train test test-slow test-gpu lint format bench bench-check bench-gpu sanitize cuda-check doctor clean
+.PHONY: help train test test-slow test-gpu lint format bench bench-features bench-check bench-gpu sanitize cuda-check doctor clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -49,6 +49,9 @@ format: $(VENV)/.installed  ## rewrite sources in the project's style
 
 bench: $(VENV)/.installed  ## time every back-end beside torch, write benchmarks/results
 	$(BIN)/python -m benchmarks.run $(ARGS)
+
+bench-features: $(VENV)/.installed  ## time ISDA and MetaLAD beside the published formulation and plain torch (needs 20 GB)
+	$(BIN)/python -m benchmarks.feature_losses $(ARGS)
 
 bench-check: $(VENV)/.installed  ## compare this machine's ratios to torch with the committed ones
 	$(BIN)/python -m benchmarks.check $(ARGS)

@@ -1,0 +1,237 @@
+"""ISDA and MetaLAD beside the published formulation and the best one in plain torch; ``make bench-features``.
+
+Forward plus backward from features to the gradients of features and classifier, as multiples of plain
+``F.cross_entropy(F.linear(...))`` in the same run. Ours include the update of the class statistics; the others are
+spared theirs. Every provider's loss is compared with float64 before it is timed.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import classfair
+from classfair.ops import label_index
+
+from . import machine
+from .measure import MALLOC, interleave, peak_extra_bytes, seconds_per_call
+from .run import _RESULTS
+
+SHAPES = {"A": (256, 1000, 2048), "B": (1024, 1000, 768), "C": (256, 8142, 2048)}
+STRENGTH = 0.5
+SLOW = ("published",)  # a step takes seconds and tens of gigabytes: three times, and not at C
+
+
+class Inputs(NamedTuple):
+    features: Tensor  # (N, D)
+    weight: Tensor  # (C, D)
+    bias: Tensor  # (C,)
+    target: Tensor  # (N,)
+    cov: Tensor  # (C, D)
+    mean: Tensor  # (C, D)
+    counts: Tensor  # (C,)
+
+
+def make_inputs(shape: tuple[int, int, int], dtype: torch.dtype = torch.float32) -> Inputs:
+    rows, classes, dim = shape
+    g = torch.Generator().manual_seed(0)
+    features = torch.randn(rows, dim, generator=g)
+    weight = torch.randn(classes, dim, generator=g) * dim**-0.5
+    target = torch.randint(0, classes, (rows,), generator=g)
+    cov = torch.rand(classes, dim, generator=g) + 0.5
+    mean = torch.randn(classes, dim, generator=g)
+    counts = torch.randint(1, 1000, (classes,), generator=g)
+    trained = (t.to(dtype).requires_grad_() for t in (features, weight, torch.zeros(classes)))
+    return Inputs(*trained, target, cov.to(dtype), mean.to(dtype), counts)
+
+
+def plain(x: Inputs) -> Tensor:
+    return F.cross_entropy(F.linear(x.features, x.weight, x.bias), x.target)
+
+
+def published_isda(x: Inputs) -> Tensor:
+    """A difference of weights for every sample, class and feature: (N, C, D)."""
+    difference = x.weight[None] - x.weight[x.target][:, None]
+    variance = (difference.square() * x.cov[x.target][:, None]).sum(2)
+    return F.cross_entropy(F.linear(x.features, x.weight, x.bias) + 0.5 * STRENGTH * variance, x.target)
+
+
+def expanded_isda(x: Inputs) -> Tensor:
+    """The square multiplied out, its cross term absorbed in the features: one matrix product more than plain."""
+    scaled = STRENGTH * x.cov[x.target]
+    logits = F.linear(x.features - scaled * x.weight[x.target], x.weight, x.bias)
+    return F.cross_entropy(logits + F.linear(scaled, 0.5 * x.weight.square()), x.target)
+
+
+def ratio_rows(weight: Tensor, cov: Tensor, label: Tensor) -> Tensor:
+    """Normalised variance (M, C) from matrix products, centred because they cancel."""
+    centred = weight - weight.mean(0)
+    own, v, squares = centred[label], cov[label], centred.square()
+    variance = v @ squares.T - 2 * (v * own) @ centred.T + (v * own.square()).sum(1, keepdim=True)
+    square = squares.sum(1) - 2 * own @ centred.T + own.square().sum(1, keepdim=True)
+    other = torch.arange(weight.shape[0]) != label[:, None]
+    valid = other & (square > 1e-12)
+    return torch.where(valid, variance.clamp_min(0) / torch.where(valid, square, 1), 0)
+
+
+def margin_rows(mean: Tensor, label: Tensor, average: Tensor) -> Tensor:
+    distance = torch.cdist(mean[label], mean)
+    other = torch.arange(mean.shape[0]) != label[:, None]
+    return torch.where(other, average.log() - distance.clamp_min(1e-6).log(), 0)
+
+
+def metalad_loss(x: Inputs, variance: Tensor, slot: Tensor, label: Tensor, average: Tensor) -> Tensor:
+    prior = (x.counts / x.counts.sum()).log().to(x.weight.dtype)
+    rows = prior - prior[label, None] + variance + margin_rows(x.mean, label, average)
+    return F.cross_entropy(F.linear(x.features, x.weight, x.bias) + rows[slot], x.target)
+
+
+def published_metalad(x: Inputs, average: Tensor) -> Tensor:
+    difference = x.weight[None] - x.weight[x.target][:, None]  # (N, C, D)
+    square = difference.square()
+    variance, total = (square * x.cov[x.target][:, None]).sum(2), square.sum(2)
+    ratio = torch.where(total > 0, variance / torch.where(total > 0, total, 1), 0)
+    return metalad_loss(x, ratio, torch.arange(len(x.target)), x.target, average)
+
+
+def expanded_metalad(x: Inputs, average: Tensor) -> Tensor:
+    """On the labels present only, which plain torch would have to wait for the device to know."""
+    index = label_index(x.target, x.weight.shape[0])
+    label = index.key_of_slot
+    return metalad_loss(x, ratio_rows(x.weight, x.cov, label), index.slot, label, average)
+
+
+def ours(x: Inputs, criterion: Any, **options: Any) -> Callable[[Inputs], Tensor]:
+    """The loss with these statistics, which weigh so much that the updates of the timed steps do not move them."""
+    statistics = criterion.statistics
+    statistics.count.fill_(1_000_000)
+    statistics.mean.copy_(x.mean)
+    statistics.cov.copy_(x.cov)
+    if options.pop("stats", False):
+        return lambda x: criterion.with_stats(x.features, x.weight, x.target, linear_bias=x.bias, differentiable=False)[
+            0
+        ]
+    return lambda x: criterion(x.features, x.weight, x.target, linear_bias=x.bias)
+
+
+def make_providers(x: Inputs) -> dict[str, dict[str, Callable[[Inputs], Tensor]]]:
+    classes, dim = x.weight.shape
+    average = classfair.mean_class_distance(x.mean)
+    metalad = classfair.MetaLADLoss(x.counts, dim)
+    metalad.mean_distance.copy_(average)
+    isda = {"strength": STRENGTH}
+    compiled = torch.compile(lambda x: expanded_metalad(x, average))
+    return {
+        "isda": {
+            "plain": plain,
+            "published": published_isda,
+            "torch eager": expanded_isda,
+            "torch.compile": torch.compile(expanded_isda),
+            "classfair": ours(x, classfair.ISDALoss(classes, dim, **isda)),
+            "classfair, raw logits and statistics": ours(x, classfair.ISDALoss(classes, dim, **isda), stats=True),
+        },
+        "metalad": {
+            "plain": plain,
+            "published": lambda x: published_metalad(x, average),
+            "torch eager": lambda x: expanded_metalad(x, average),
+            "torch.compile": compiled,
+            "classfair": ours(x, metalad),
+        },
+    }
+
+
+def stepper(loss: Callable[[Inputs], Tensor], x: Inputs) -> Callable[[], Any]:
+    return lambda: torch.autograd.grad(loss(x), (x.features, x.weight, x.bias))
+
+
+def check(name: str, loss: Callable[[Inputs], Tensor], x: Inputs, expected: Tensor) -> None:
+    error = abs(loss(x).double() - expected) / expected
+    assert error < 1e-4, f"{name}: relative error {error:.1e}"
+
+
+def measure(what: str, shape: str, seconds: float) -> list[dict[str, Any]]:
+    x, wide = make_inputs(SHAPES[shape]), make_inputs(SHAPES[shape], torch.float64)
+    average = classfair.mean_class_distance(wide.mean)
+    truth = {"isda": expanded_isda(wide).detach(), "metalad": expanded_metalad(wide, average).detach()}
+    rows = []
+    for objective, every in make_providers(x).items():
+        providers = {k: v for k, v in every.items() if shape != "C" or k not in SLOW}
+        for name, loss in providers.items():
+            if name != "plain" and name not in SLOW:
+                check(f"{objective} {name}", loss, x, truth[objective])
+        steps = {name: stepper(loss, x) for name, loss in providers.items()}
+        if what == "memory":
+            results = {name: {"peak_bytes": peak_extra_bytes(step, "cpu")} for name, step in steps.items()}
+        else:
+            results = _times(steps, seconds)
+        rows += [{"objective": objective, "shape": shape, "provider": k, **v} for k, v in results.items()]
+    return rows
+
+
+def _times(steps: dict[str, Callable[[], Any]], seconds: float) -> dict[str, dict[str, float]]:
+    fast = {name: step for name, step in steps.items() if name not in SLOW}
+    samples = interleave(fast, seconds, "cpu")
+    for name in steps.keys() - fast.keys():
+        samples[name] = [seconds_per_call(steps[name], 1, "cpu") for _ in range(3)]
+    medians = {name: float(torch.tensor(values).median()) for name, values in samples.items()}
+    return {name: {"median_ms": 1e3 * m, "ratio": m / medians["plain"]} for name, m in medians.items()}
+
+
+def near_duplicates() -> dict[str, float]:
+    """Largest error of the normalised variance where each row has a twin 1e-4 of its norm away, against float64."""
+    g = torch.Generator().manual_seed(1)
+    weight = torch.randn(500, 512, generator=g)
+    twin = weight + 1e-4 * weight.norm(dim=1, keepdim=True) / 512**0.5 * torch.randn(500, 512, generator=g)
+    weight, cov = torch.cat([weight, twin]), torch.rand(1000, 512, generator=g) + 0.5
+    label = torch.arange(1000)
+    exact = classfair.pair_variance(weight.double(), cov.double(), normalize=True, backend="reference")
+    found = classfair.pair_variance(weight, cov, normalize=True)
+    return {
+        "torch": float((ratio_rows(weight, cov, label) - exact).abs().max()),
+        "classfair": float((found - exact).abs().max()),
+    }
+
+
+def in_child(what: str, shape: str, malloc: str, seconds: float) -> list[dict[str, Any]]:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")} | MALLOC[malloc]
+    command = [sys.executable, "-m", "benchmarks.feature_losses", "--child", what, shape, "--seconds", str(seconds)]
+    return json.loads(subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True).stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--child", nargs=2)
+    parser.add_argument("--seconds", type=float, default=8.0)
+    parser.add_argument("--shapes", nargs="*", default=list(SHAPES))
+    options = parser.parse_args()
+    if options.child:
+        print(json.dumps(measure(*options.child, options.seconds)))
+        return
+    rows = []
+    for shape in options.shapes:
+        times, peaks = in_child("time", shape, "pinned", options.seconds), in_child("memory", shape, "returned", 0)
+        for row, peak in zip(times, peaks, strict=True):
+            rows.append({**row, "peak_bytes": peak["peak_bytes"]})
+            print(
+                f"{row['objective']:8} {shape} {row['provider']:38} {row['median_ms']:10.1f} ms {row['ratio']:8.2f}"
+                f" {peak['peak_bytes'] / 1e6:10.0f} MB",
+                flush=True,
+            )
+    errors = near_duplicates()
+    print("largest error of the normalised variance with near-duplicate rows:", errors)
+    result = {**machine.describe("cpu"), "shapes": SHAPES, "results": rows, "near_duplicate_errors": errors}
+    path = _RESULTS / f"{machine.slug(result['machine']['name'])}-feature-losses-{result['date']}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"written to {path.relative_to(Path.cwd())}")
+
+
+if __name__ == "__main__":
+    main()
