@@ -54,6 +54,14 @@ def _piece_tile(features, order, finite, positions, end, columns, num_columns, s
     return x.to(ACC), enters
 
 
+@triton.jit
+def _origin(features, order, finite, first, last, columns, num_columns, stride, ACC: tl.constexpr):
+    """(C',) features of the row at position `first`, zeros where there is none or it does not enter."""
+    row = tl.load(order + first, mask=first < last, other=0)
+    enters = (first < last) & (tl.load(finite + row, mask=first < last, other=0) != 0)
+    return tl.load(features + row * stride + columns, mask=enters & (columns < num_columns), other=0.0).to(ACC)
+
+
 @triton.jit(do_not_specialize=["slots", "splits", "stride"])
 def _moments_kernel(
     features,
@@ -86,32 +94,31 @@ def _moments_kernel(
 
     n = tl.zeros((), tl.int64)
     total = tl.zeros((BLOCK_D,), ACC)
-    # Distances to the piece's first row that enters keep the digits of features with a large common offset.
-    origin = tl.zeros((BLOCK_D,), ACC)
+    # The first row of the slot is the origin: a large common offset then costs no digits.
+    origin = _origin(features, order, finite, first, last, columns, num_columns, step, ACC)
     for position in range(begin, end, BLOCK_N):
         positions = position + tl.arange(0, BLOCK_N)
         x, enters = _piece_tile(features, order, finite, positions, end, columns, num_columns, step, ACC)
-        entering = tl.sum(enters.to(tl.int64), 0)
-        if (n == 0) & (entering > 0):
-            leader = tl.argmax(enters.to(tl.int32), 0)
-            origin = tl.sum(tl.where((tl.arange(0, BLOCK_N) == leader)[:, None], x, 0.0), 0)
         total += tl.sum(tl.where(enters[:, None], x - origin[None, :], 0.0), 0)
-        n += entering
+        n += tl.sum(enters.to(tl.int64), 0)
     divisor = tl.maximum(n, 1).to(ACC)
-    center = origin + total / divisor
+    center = total / divisor
 
     off = tl.zeros((BLOCK_D,), ACC)
     squares = tl.zeros((BLOCK_D,), ACC)
     for position in range(begin, end, BLOCK_N):
         positions = position + tl.arange(0, BLOCK_N)
         x, enters = _piece_tile(features, order, finite, positions, end, columns, num_columns, step, ACC)
-        d = tl.where(enters[:, None], x - center[None, :], 0.0)
+        d = tl.where(enters[:, None], x - origin[None, :] - center[None, :], 0.0)
         off += tl.sum(d, 0)
         squares += tl.sum(d * d, 0)
+    # Corrected by what the mean is off (Chan, Golub and LeVeque 1983, eq. 1.7).
+    center += off / divisor
+    if splits == 1:
+        center = tl.where(n > 0, origin + center, 0.0)  # otherwise it is added to what all pieces give
     out = piece * num_columns + columns
     inside = columns < num_columns
-    # Corrected by what the mean is off (Chan, Golub and LeVeque 1983, eq. 1.7).
-    tl.store(mean + out, center + off / divisor, mask=inside)
+    tl.store(mean + out, center, mask=inside)
     if variance is not None:
         tl.store(variance + out, tl.maximum(squares - off * off / divisor, 0.0) / divisor, mask=inside)
     tl.store(count + piece, n, mask=tl.program_id(1) == 0)
@@ -136,21 +143,37 @@ def _mixed(share, mean, variance, own_mean, own_variance):
     return tl.where(share == 1.0, own_mean, mean + share * delta), change
 
 
-@triton.jit(do_not_specialize=["slots", "splits"])
+@triton.jit(do_not_specialize=["slots", "splits", "stride"])
 def _combine_kernel(
-    piece_count, piece_mean, piece_variance, count, mean, variance, slots, splits, num_columns, BLOCK_D: tl.constexpr
+    features,
+    order,
+    start,
+    finite,
+    piece_count,
+    piece_mean,
+    piece_variance,
+    count,
+    mean,
+    variance,
+    slots,
+    splits,
+    num_columns,
+    stride,
+    ACC: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     """One program owns BLOCK_D columns of a slot: merges its (splits, slots, ...) pieces in order."""
     slot = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = columns < num_columns
     n = tl.zeros((), tl.int64)
-    center = tl.zeros((BLOCK_D,), mean.dtype.element_ty)
+    center = tl.zeros((BLOCK_D,), ACC)
     spread = center
     for split in range(splits):
         piece = split * slots + slot
         own = tl.load(piece_count + piece)
-        share = _share(n, own, None, mean.dtype.element_ty)
+        share = _share(n, own, None, ACC)
         own_mean = tl.load(piece_mean + piece * num_columns + columns, mask=inside, other=0.0)
         own_spread = center
         if variance is not None:
@@ -158,6 +181,10 @@ def _combine_kernel(
         center, change = _mixed(share, center, spread, own_mean, own_spread)
         spread = tl.where(share == 1.0, own_spread, spread + change)
         n += own
+    first = tl.load(start + slot)
+    last = tl.load(start + slot + 1)
+    origin = _origin(features, order, finite, first, last, columns, num_columns, stride // UNIT * UNIT, ACC)
+    center = tl.where(n > 0, origin + center, 0.0)
     tl.store(mean + slot * num_columns + columns, center, mask=inside)
     if variance is not None:
         tl.store(variance + slot * num_columns + columns, spread, mask=inside)
@@ -193,14 +220,11 @@ def class_moments(
         sizes = (rows, columns, features.stride(0))
         _finite_kernel[(triton.cdiv(rows, _ROWS),)](features, slot, finite, nonfinite, *sizes, BLOCK_N=_ROWS, **launch)
         if slots and columns:
-            sizes = (slots, splits, columns, features.stride(0))
-            _moments_kernel[(slots * splits, *grid)](
-                features, order, start, finite, *parts, *sizes, ACC=acc_type(features), BLOCK_N=_ROWS, **launch
-            )
+            given, sizes = (features, order, start, finite), (slots, splits, columns, features.stride(0))
+            launch["ACC"] = acc_type(features)
+            _moments_kernel[(slots * splits, *grid)](*given, *parts, *sizes, BLOCK_N=_ROWS, **launch)
             if splits > 1:
-                _combine_kernel[(slots, *grid)](
-                    *parts, *out, slots, splits, columns, BLOCK_D=block, enable_fp_fusion=True
-                )
+                _combine_kernel[(slots, *grid)](*given, *parts, *out, *sizes, **launch)
     count, mean, own = out
     return count, mean, features.new_empty((0, 0), dtype=acc) if own is None else own, nonfinite
 

@@ -84,6 +84,7 @@ CASES = [Case(f"{n}x{d}-{c}", (n, d), c) for (n, d), c in _SIZES] + [
     Case("constant", (40, 21), 3, _constant),
     Case("skewed", (200, 17), 12, _skewed),
     Case("large-offset", (90, 40), 4, offset=1e4),
+    Case("large-offset-many", (700, 9), 2, offset=1e4),
 ]
 
 

@@ -62,27 +62,34 @@ __global__ void __launch_bounds__(kThreads) finite_kernel(MomentsInput<T> in, ui
   }
 }
 
-// One column of the rows at positions [begin, end), which are of one slot; read twice, the second time from cache.
+// What a column of a slot is measured from: its first row, so that a large common offset costs no digits.
 template <class T, class A = acc_t<T>>
-__device__ Moment<A> column_moment(const MomentsInput<T>& in, int64_t begin, int64_t end, int64_t c) {
+__device__ A slot_origin(const MomentsInput<T>& in, int64_t slot, int64_t c) {
+  const int64_t row = in.order[in.start[slot]];
+  return in.finite[row] ? static_cast<A>(in.features[row * in.stride + c]) : A(0);
+}
+
+// One column of the rows at positions [begin, end), which are of one slot, as distances to `origin`; read twice, the
+// second time from cache.
+template <class T, class A = acc_t<T>>
+__device__ Moment<A> column_moment(const MomentsInput<T>& in, int64_t begin, int64_t end, int64_t c, A origin) {
   Moment<A> moment;
-  A origin = 0, total = 0;  // distances to the first row keep the digits of features with a large common offset
+  A total = 0;
 #pragma unroll 4
   for (int64_t p = begin; p < end; ++p) {
     const int64_t row = in.order[p];
     if (!in.finite[row]) continue;
-    const A x = static_cast<A>(in.features[row * in.stride + c]);
-    if (moment.count++ == 0) origin = x;
-    total += x - origin;
+    ++moment.count;
+    total += static_cast<A>(in.features[row * in.stride + c]) - origin;
   }
   if (moment.count == 0) return moment;
-  const A inverse = A(1) / static_cast<A>(moment.count), center = origin + total * inverse;
+  const A inverse = A(1) / static_cast<A>(moment.count), center = total * inverse;
   A off = 0;
 #pragma unroll 4
   for (int64_t p = begin; p < end; ++p) {
     const int64_t row = in.order[p];
     if (!in.finite[row]) continue;
-    const A d = static_cast<A>(in.features[row * in.stride + c]) - center;
+    const A d = (static_cast<A>(in.features[row * in.stride + c]) - origin) - center;
     off += d;
     moment.squares += d * d;
   }
@@ -104,7 +111,7 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t end = after < placed ? after : placed;
     for (int64_t p = begin; p < end;) {
       const int64_t s = in.slot[in.order[p]], slot_end = in.start[s + 1], run_end = slot_end < end ? slot_end : end;
-      const Moment<A> moment = column_moment(in, p, run_end, c);
+      const Moment<A> moment = column_moment(in, p, run_end, c, slot_origin(in, s, c));
       const bool carried = in.start[s] < begin;
       const Pieces<A>& to = carried ? carry : out;
       const int64_t at = carried ? chunk : s;
@@ -116,8 +123,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// A thread owns a column of a slot: adds the carries of its later chunks in their order, and divides by the count.
-// first: what moment_chunks_kernel wrote for the slots; variance may be null, mean may be that of `first`.
+// A thread owns a column of a slot: merges what moment_chunks_kernel wrote for the slot with the carries of its later
+// chunks, in their order, and divides by the count. variance may be null.
 template <class T, class A = acc_t<T>>
 __global__ void __launch_bounds__(kThreads)
     moment_carries_kernel(MomentsInput<T> in, Pieces<A> first, Pieces<A> carry, int64_t* count, A* mean, A* variance) {
@@ -132,7 +139,7 @@ __global__ void __launch_bounds__(kThreads)
         moment.merge({carry.count[chunk], carry.mean[chunk * in.D + c], carry.squares[chunk * in.D + c]});
     }
     const A squares = moment.squares < A(0) ? A(0) : moment.squares;  // NaN passes
-    mean[index] = moment.mean;
+    mean[index] = moment.count > 0 ? slot_origin(in, s, c) + moment.mean : A(0);
     if (variance) variance[index] = moment.count > 0 ? squares / static_cast<A>(moment.count) : A(0);
     if (c == 0) count[s] = moment.count;
   }
