@@ -69,9 +69,9 @@ _SIZES = [
     ((65, 129), 1),
     ((200, 31), 2),
     ((7, 511), 3),
-    ((9, 513), 40),
-    ((5, 2048), 60),
-    ((30, 2049), 50),
+    ((5, 513), 40),
+    ((3, 2048), 60),
+    ((6, 2049), 50),
     ((700, 6), 3),
 ]
 CASES = [Case(f"{n}x{d}-{c}", (n, d), c) for (n, d), c in _SIZES] + [
@@ -82,8 +82,9 @@ CASES = [Case(f"{n}x{d}-{c}", (n, d), c) for (n, d), c in _SIZES] + [
     Case("one-label", (100, 9), 6, _fill(4)),
     Case("last-label", (3, 9), 8142, _fill(8141)),
     Case("constant", (40, 21), 3, _constant),
-    Case("skewed", (600, 17), 50, _skewed),
+    Case("skewed", (200, 17), 12, _skewed),
     Case("large-offset", (90, 40), 4, offset=1e4),
+    Case("large-offset-many", (700, 9), 2, offset=1e4),
 ]
 
 

@@ -31,9 +31,10 @@ def test_values_and_state(case, backend, device, dtype):
 
 
 @each_backend
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
-def test_exponential_state(case, backend, device):
-    check_case(case, backend, device, torch.float32, momentum=0.3)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("case", [c for c in CASES if c.shape[1] < 100], ids=lambda c: c.id)
+def test_exponential_state(case, dtype, backend, device):
+    check_case(case, backend, device, dtype, momentum=0.3)
 
 
 @each_backend
@@ -118,7 +119,7 @@ def test_expanded_rows(backend, device):
 def test_repeats_bitwise(backend, device):
     batches = [tuple(t.to(device) for t in (f.float(), y)) for f, y in map(Case("r", (300, 70), 5).batch, range(2))]
     first = run(batches, Case("r", (300, 70), 5), backend, momentum=None, error=True)
-    for _ in range(20):
+    for _ in range(20 if backend == "native" else 3):  # Triton's interpreter takes seconds
         again = run(batches, Case("r", (300, 70), 5), backend, momentum=None, error=True)
         for a, b in zip((*first[0], first[1]), (*again[0], again[1]), strict=True):
             assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
@@ -170,7 +171,7 @@ def test_a_first_batch_counts_whole_whatever_its_size(momentum, backend, device)
 
 @each_backend
 def test_million_samples_one_at_a_time(backend, device):
-    _check_small_updates(backend, device, 2000 if (backend, device) != ("native", "cpu") else 30_000)
+    _check_small_updates(backend, device, 200 if (backend, device) != ("native", "cpu") else 30_000)
 
 
 @pytest.mark.slow

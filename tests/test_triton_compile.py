@@ -13,7 +13,7 @@ if "kernels" in backends.load_errors:
     pytest.skip(backends.load_errors["kernels"], allow_module_level=True)
 
 import triton
-from classfair.kernels import label_index, softmax_loss
+from classfair.kernels import class_moments, label_index, softmax_loss
 from classfair.kernels.rows import Inputs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
@@ -126,6 +126,21 @@ def test_softmax_loss_of_every_case(case, dtype, compiled):
 def test_label_index(group, compiled):
     label_index.label_index(torch.zeros(70, dtype=torch.int64), group, 5, 2, -100)
     _check(compiled, {"_key_kernel", "_first_kernel", "_slot_kernel"})
+
+
+@each_gpu(80, 90)
+@each_dtype(torch.float32, torch.float64, torch.bfloat16, torch.float16)
+@pytest.mark.parametrize("variance", [True, False])
+@pytest.mark.parametrize("shape", [(70, 37), (2000, 2048)])
+def test_class_moments(shape, variance, dtype, compiled):
+    rows = torch.zeros(shape[0], dtype=torch.int64)
+    start = torch.zeros(5, dtype=torch.int64)
+    count, mean, own, _ = class_moments.class_moments(torch.zeros(shape, dtype=dtype), rows, rows, start, variance)
+    for momentum in (None, 0.1):
+        spread = own if variance else None
+        class_moments.class_moments_merge(start[1:], mean, spread, rows[:4], count, mean, spread, spread, momentum)
+    names = {"_finite_kernel", "_moments_kernel", "_merge_kernel"} | ({"_combine_kernel"} if shape[0] > 70 else set())
+    _check(compiled, names)
 
 
 @each_gpu(90)

@@ -39,7 +39,8 @@ def merge_weight(count: Tensor, state_count: Tensor, momentum: float | None, dty
     """Share of a batch in the merged moments, (M,): n_b / (n + n_b), or ``momentum`` where there is a past."""
     if momentum is None:
         return count.to(dtype) / (state_count + count).clamp_min(1).to(dtype)
-    return torch.where(state_count > 0, momentum, 1.0).to(dtype)
+    rate = torch.full_like(count, momentum, dtype=dtype)  # two numbers would meet in float32
+    return torch.where(state_count > 0, rate, 1.0)
 
 
 def class_moments_merge(

@@ -4,7 +4,7 @@
 namespace classfair {
 namespace CLASSFAIR_ISA {
 
-// Mean and sum of squares about it of the rows so far, for kVectors vectors of columns.
+// Mean, as a distance to the origin, and sum of squares about it of the rows so far, for kVectors vectors of columns.
 template <class A, int kVectors>
 struct Running {
   int64_t count = 0;
@@ -12,6 +12,11 @@ struct Running {
 
   // Chan, Golub and LeVeque 1979, eq. 2.1.
   CLASSFAIR_INLINE void merge(int64_t n, const Vec<A>* other_mean, const Vec<A>* other_squares) {
+    if (count == 0) {
+      for (int v = 0; v < kVectors; ++v) mean[v] = other_mean[v], squares[v] = other_squares[v];
+      count = n;
+      return;
+    }
     const int64_t total = count + n;
     const A share = static_cast<A>(static_cast<double>(n) / static_cast<double>(total));
     const A between = static_cast<A>(count) * share;
@@ -24,19 +29,19 @@ struct Running {
   }
 };
 
-// One block of rows: sums of distances to its first row, so that a large common offset costs no digits; then squares
-// about the mean, corrected by what that mean is off (Chan, Golub and LeVeque 1983, eq. 1.7).
+// One block of rows, as distances to `origin`: their mean, then squares about it, corrected by what that mean is off
+// (Chan, Golub and LeVeque 1983, eq. 1.7).
 template <class T, int kVectors, class Load, class A = acc_t<T>>
-CLASSFAIR_INLINE void add_block(const T* const* row, int64_t n, Load load_at, Running<A, kVectors>* running) {
+CLASSFAIR_INLINE void add_block(const T* const* row, int64_t n, Load load_at, const Vec<A>* origin,
+                                Running<A, kVectors>* running) {
   const A inverse = A(1) / static_cast<A>(n);
-  Vec<A> mean[kVectors], off[kVectors] = {}, squares[kVectors] = {};
-  for (int v = 0; v < kVectors; ++v) mean[v] = load_at(row[0], v);
-  for (int64_t r = 1; r < n; ++r)
-    for (int v = 0; v < kVectors; ++v) off[v] += load_at(row[r], v) - mean[v];
-  for (int v = 0; v < kVectors; ++v) mean[v] += off[v] * inverse, off[v] = Vec<A>{};
+  Vec<A> mean[kVectors] = {}, off[kVectors] = {}, squares[kVectors] = {};
+  for (int64_t r = 0; r < n; ++r)
+    for (int v = 0; v < kVectors; ++v) mean[v] += load_at(row[r], v) - origin[v];
+  for (int v = 0; v < kVectors; ++v) mean[v] *= inverse;
   for (int64_t r = 0; r < n; ++r)
     for (int v = 0; v < kVectors; ++v) {
-      const Vec<A> d = load_at(row[r], v) - mean[v];
+      const Vec<A> d = (load_at(row[r], v) - origin[v]) - mean[v];
       off[v] += d;
       squares[v] += d * d;
     }
@@ -44,29 +49,27 @@ CLASSFAIR_INLINE void add_block(const T* const* row, int64_t n, Load load_at, Ru
     mean[v] += off[v] * inverse;
     squares[v] = squares[v] - off[v] * off[v] * inverse;
   }
-  if (running->count == 0) {
-    running->count = n;
-    for (int v = 0; v < kVectors; ++v) running->mean[v] = mean[v], running->squares[v] = squares[v];
-  } else {
-    running->merge(n, mean, squares);
-  }
+  running->merge(n, mean, squares);
 }
 
+// The first row of the slot is the origin: a large common offset then costs no digits.
 template <class T, int kVectors, class Load, class Store, class A = acc_t<T>>
 CLASSFAIR_INLINE void strip(const Moments<T>& in, const int64_t* rows, int64_t count, Load load_at, Store store_at,
                             Vec<A>* odd) {
   Running<A, kVectors> running;
   const T* row[kMomentRows];
+  Vec<A> origin[kVectors];
+  for (int v = 0; v < kVectors; ++v) origin[v] = load_at(in.features + rows[0] * in.stride, v);
   for (int64_t first = 0; first < count; first += kMomentRows) {
     const int64_t n = std::min(kMomentRows, count - first);
     for (int64_t r = 0; r < n; ++r) row[r] = in.features + rows[first + r] * in.stride;
-    add_block<T, kVectors>(row, n, load_at, &running);
+    add_block<T, kVectors>(row, n, load_at, origin, &running);
   }
   const A inverse = A(1) / static_cast<A>(count);
   for (int v = 0; v < kVectors; ++v) {
-    const Vec<A> variance = max(Vec<A>{}, running.squares[v] * inverse);
-    store_at(v, running.mean[v], variance);
-    *odd += (running.mean[v] - running.mean[v]) + (variance - variance);  // 0, or NaN where not finite
+    const Vec<A> mean = origin[v] + running.mean[v], variance = max(Vec<A>{}, running.squares[v] * inverse);
+    store_at(v, mean, variance);
+    *odd += (mean - mean) + (variance - variance);  // 0, or NaN where not finite
   }
 }
 
