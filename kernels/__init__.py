@@ -6,7 +6,7 @@ They run on CUDA devices, and on CPU tensors too where Triton interprets (``TRIT
 import torch
 import triton
 
-from . import label_index, softmax_loss
+from . import label_index, pair_terms, softmax_loss
 
 
 def _register() -> None:
@@ -15,6 +15,8 @@ def _register() -> None:
         ("softmax_loss_fwd", softmax_loss.softmax_loss_fwd),
         ("softmax_loss_bwd", softmax_loss.softmax_loss_bwd),
         ("label_index", label_index.label_index),
+        ("pair_terms_fwd", pair_terms.pair_terms_fwd),
+        ("pair_terms_bwd", pair_terms.pair_terms_bwd),
     ):
         torch.library.register_kernel(f"classfair_triton::{name}", devices, kernel)
 
