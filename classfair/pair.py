@@ -11,6 +11,8 @@ from classfair import backends, ops
 
 #: Distances of class means below this share of their mean count as this share: the margin stays below 6 ln 10.
 NEAREST = 1e-6
+#: Distances of one block of rows: 16 MB in float32.
+BLOCK_NUMBERS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -188,7 +190,7 @@ def mean_class_distance(mean: Tensor, *, seen: Tensor | None = None, backend: st
     mean, seen = _means("mean_class_distance", mean, seen)
     backend = backends.choose("pair_terms", mean.device, backend)
     classes = mean.shape[0]
-    size = max(1, (1 << 22) // classes)  # 16 MB of float32 distances
+    size = max(1, BLOCK_NUMBERS // classes)
     total = torch.zeros((), dtype=torch.float64, device=mean.device)
     for begin in range(0, classes, size):
         rows = min(size, classes - begin)

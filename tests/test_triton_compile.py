@@ -13,7 +13,7 @@ if "kernels" in backends.load_errors:
     pytest.skip(backends.load_errors["kernels"], allow_module_level=True)
 
 import triton
-from classfair.kernels import class_moments, label_index, softmax_loss
+from classfair.kernels import class_moments, label_index, pair_terms, softmax_loss
 from classfair.kernels.rows import Inputs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
@@ -141,6 +141,20 @@ def test_class_moments(shape, variance, dtype, compiled):
         class_moments.class_moments_merge(start[1:], mean, spread, rows[:4], count, mean, spread, spread, momentum)
     names = {"_finite_kernel", "_moments_kernel", "_merge_kernel"} | ({"_combine_kernel"} if shape[0] > 70 else set())
     _check(compiled, names)
+
+
+@each_gpu(80, 90)
+@each_dtype(torch.float32, torch.float64)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_pair_terms(normalize, dtype, compiled):
+    weight, label, count = torch.zeros(70, 33, dtype=dtype), torch.arange(40), torch.tensor(40)
+    variance, square = pair_terms.pair_terms_fwd(weight, weight, label, count, normalize, True)
+    inputs = (weight, weight, label, count, variance, square, normalize)
+    pair_terms.pair_terms_bwd(variance, square, *inputs, True)
+    pair_terms.pair_terms_bwd(variance, None, *inputs, False)
+    pair_terms.pair_terms_bwd(None, square, weight, None, *inputs[2:6], False, False)
+    names = {"_pair_terms_fwd_kernel", "_coefficients_kernel", "_class_gradient_kernel", "_slot_gradient_kernel"}
+    _check(compiled, names | ({"_normalize_kernel"} if normalize else set()))
 
 
 @each_gpu(90)
