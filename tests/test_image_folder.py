@@ -106,6 +106,8 @@ def test_statistics_of_every_epoch_come_from_the_training_pass(folder, tmp_path)
         ("--loss", "focal", "--label-smoothing", 0.1, "--amp", "--clip-grad", 1.0, "--grad-accum", 2),
         ("--auto-augment", "ra", "--amp", "--amp-dtype", "float16", "--lr-scheduler", "constant"),
         ("--model", "resnet18", "--loss", "ldam", "--max-margin", 0.3),
+        ("--loss", "metalad", "--omega", 1, 0.1, 0.5, "--mixup", 0.2, "--amp"),
+        ("--loss", "isda", "--strength", 1, "--grad-accum", 2, "--model", "resnet18"),
         ("--model", "timm:test_vit", "--model-kwargs", "img_size=32", "--loss", "la", "--tau", 2),
     ],
 )

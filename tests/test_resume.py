@@ -118,10 +118,11 @@ def test_resumed_is_uninterrupted(at_epoch, whole, tmp_path, monkeypatch, capsys
     assert files[0] == files[1]
 
 
-def test_schedules_are_restored(tmp_path, monkeypatch):
-    whole = run(tmp_path / "whole", *SCHEDULED)
+@pytest.mark.parametrize("flags", [SCHEDULED, ["--loss", "isda", "metalad"]])
+def test_schedules_and_class_statistics_are_restored(flags, tmp_path, monkeypatch):
+    whole = run(tmp_path / "whole", *flags)
     for at_epoch in (2, 3, 4):
-        path = interrupt(tmp_path / str(at_epoch), at_epoch, monkeypatch, *SCHEDULED)
+        path = interrupt(tmp_path / str(at_epoch), at_epoch, monkeypatch, *flags)
         assert main(["train", "--resume", str(path), "--no-progress"]) == 0
         assert (path / "metrics.json").read_bytes() == (whole / "metrics.json").read_bytes()
 
