@@ -57,9 +57,9 @@ def _piece_tile(features, order, finite, positions, end, columns, num_columns, s
 @triton.jit
 def _origin(features, order, finite, first, last, columns, num_columns, stride, ACC: tl.constexpr):
     """(C',) features of the row at position `first`, zeros where there is none or it does not enter."""
-    row = tl.load(order + first, mask=first < last, other=0)
-    enters = (first < last) & (tl.load(finite + row, mask=first < last, other=0) != 0)
-    return tl.load(features + row * stride + columns, mask=enters & (columns < num_columns), other=0.0).to(ACC)
+    positions = first + tl.arange(0, 1)
+    x, _ = _piece_tile(features, order, finite, positions, last, columns, num_columns, stride, ACC)
+    return tl.sum(x, 0)
 
 
 @triton.jit(do_not_specialize=["slots", "splits", "stride"])

@@ -72,19 +72,19 @@ _SIZES = [
     ((5, 513), 40),
     ((3, 2048), 60),
     ((6, 2049), 50),
-    ((700, 6), 3),
+    ((300, 6), 2),
 ]
 CASES = [Case(f"{n}x{d}-{c}", (n, d), c) for (n, d), c in _SIZES] + [
     Case("nonfinite", (40, 37), 4, _nonfinite),
     Case("nonfinite-class", (40, 600), 4, _nonfinite_class),
-    Case("nonfinite-many", (500, 9), 3, _nonfinite),
+    Case("nonfinite-many", (300, 9), 2, _nonfinite),
     Case("all-ignored", (9, 5), 4, _fill(-1)),
     Case("one-label", (100, 9), 6, _fill(4)),
     Case("last-label", (3, 9), 8142, _fill(8141)),
     Case("constant", (40, 21), 3, _constant),
     Case("skewed", (200, 17), 12, _skewed),
     Case("large-offset", (90, 40), 4, offset=1e4),
-    Case("large-offset-many", (700, 9), 2, offset=1e4),
+    Case("large-offset-many", (300, 9), 1, offset=1e4),
 ]
 
 
