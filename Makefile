@@ -8,7 +8,8 @@ GPU_VENV ?= .venv-gpu
 SANITIZED := plain-3x31 or plain-3x1025 or all-many-rows or mixed-all or dense-all or strided-3d
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*) setup.py pyproject.toml
 # Triton's kernels run on the CPU through its interpreter, which warns of every infinity it meets.
-INTERPRETED = TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_conformance.py tests/test_class_moments.py -W ignore::RuntimeWarning
+PRIMITIVES := tests/test_conformance.py tests/test_class_moments.py tests/test_pair_terms.py
+INTERPRETED = TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PRIMITIVES) -W ignore::RuntimeWarning
 CPP := $(filter-out %.py,$(wildcard csrc/*.cpp csrc/*.h csrc/*/*))
 
 .PHONY: help train test test-slow test-gpu lint format bench bench-features bench-check bench-gpu sanitize cuda-check doctor clean
@@ -63,7 +64,7 @@ $(GPU_VENV)/.installed: $(SOURCES)
 	touch $@
 
 test-gpu: $(GPU_VENV)/.installed  ## on a machine with a GPU: conformance of both GPU back-ends
-	$(GPU_VENV)/bin/python -m pytest tests/test_conformance.py tests/test_class_moments.py tests/test_gpu.py tests/test_gpu_moments.py tests/test_torch_stack.py -m "not slow" -k "cuda or test_gpu" $(ARGS)
+	$(GPU_VENV)/bin/python -m pytest $(PRIMITIVES) tests/test_gpu.py tests/test_gpu_moments.py tests/test_torch_stack.py -m "not slow" -k "cuda or test_gpu" $(ARGS)
 
 bench-gpu: $(GPU_VENV)/.installed  ## on a machine with a GPU: time both GPU back-ends beside torch
 	$(GPU_VENV)/bin/python -m benchmarks.run --device cuda $(ARGS)
