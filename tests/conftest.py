@@ -21,3 +21,26 @@ def _poison():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+TRAINING = (
+    "test_training",
+    "test_cli",
+    "test_image_folder",
+    "test_resume",
+    "test_recipes",
+    "test_docs",
+    "test_orderings",
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _small_models_on_one_thread(request):
+    """On a busy machine two threads wait for each other at every layer of a tiny model, and take forever."""
+    if request.module.__name__.rpartition(".")[2] not in TRAINING:
+        yield
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
