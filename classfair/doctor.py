@@ -13,7 +13,7 @@ import torch
 
 import classfair
 from classfair import backends
-from classfair.ops import class_moments, class_moments_merge, label_index, softmax_loss
+from classfair.ops import class_moments, class_moments_merge, label_index, pair_terms, softmax_loss
 
 _PACKAGES = ("torch", "numpy", "triton", "scikit-learn", "matplotlib", "rich", "tyro")
 
@@ -86,10 +86,28 @@ def _test_class_moments(backend: str, device: str) -> None:
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
+def _test_pair_terms(backend: str, device: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    rows, diagonals = torch.randn(17, 33, generator=g), torch.rand(17, 33, generator=g)
+
+    def compute(name: str, where: str, dtype: torch.dtype) -> list[torch.Tensor]:
+        weight, cov = rows.to(where, dtype).requires_grad_(), diagonals.to(where, dtype)
+        label, count = torch.tensor([2, 5, 11, 0], device=where), torch.tensor(3, device=where)
+        ratio = pair_terms(weight, cov, label, count, normalize=True, backend=name).variance
+        assert ratio is not None
+        (gradient,) = torch.autograd.grad(ratio.square().sum(), weight)
+        return [t.cpu().double() for t in (ratio.detach(), gradient)]
+
+    expected = compute("reference", "cpu", torch.float64)
+    for got, want in zip(compute(backend, device, torch.float32), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
 _SELF_TESTS: dict[str, Callable[[str, str], None]] = {
     "softmax_loss": _test_softmax_loss,
     "label_index": _test_label_index,
     "class_moments": _test_class_moments,
+    "pair_terms": _test_pair_terms,
 }
 
 
