@@ -96,7 +96,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def entry() -> None:
     """The console script."""
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:  # before there is anything to keep
+        sys.exit(INTERRUPTED)
 
 
 def train(argv: Sequence[str]) -> int:
@@ -117,13 +120,18 @@ def train(argv: Sequence[str]) -> int:
         config = training.TrainConfig(**{name: getattr(options, name) for name in names})
         if config.image_folder is not None and _missing(_VISION_EXTRA):
             return _fail('image folders need the "vision" extra: pip install "classfair[vision]"', ENVIRONMENT)
-        device = training.local_device(training.resolve_device(config.device))
-        with training.joined(device) as processes:
-            return _train(options, config, device, processes)
-    except (training.DeviceUnavailableError, training.MissingPackageError) as error:
+        device = training.resolve_device(config.device)
+        if options.resume and options.output:
+            raise ValueError("expected output to be left out with resume, which goes on in its own folder")
+    except training.DeviceUnavailableError as error:
         return _fail(error, ENVIRONMENT)
     except ValueError as error:
         return _fail(error, USAGE)
+    with training.joined(device) as processes, training.interruption.noted():
+        code = _train(options, config, device, processes)
+        if code != OK:
+            processes.leave(code)
+    return code
 
 
 def _train(options: Any, config: TrainConfig, device: Any, processes: Processes) -> int:
@@ -131,20 +139,24 @@ def _train(options: Any, config: TrainConfig, device: Any, processes: Processes)
     from classfair import training
 
     resume = Path(options.resume) if options.resume else None
-    if resume is not None:
-        training.check_resumable(config, training.saved_config(resume), processes.world)
     folder = None
-    if processes.is_main:
-        try:
+    try:
+        if resume is not None:
+            training.check_resumable(config, training.saved_config(resume), processes.world)
+        if processes.is_main:
             path = resume or Path(options.output or _default_output(config))
             folder = training.RunFolder(path, resume=resume is not None)
-        except OSError as error:
-            return _fail(error, USAGE)
+    except (OSError, ValueError) as error:
+        return _fail(error, USAGE)
     try:
         with _progress(config, shown=processes.is_main and not options.no_progress) as on_epoch:
             results = training.train(config, folder, on_epoch, device=device, processes=processes, resume=resume)
     except KeyboardInterrupt:
         return _fail(_interrupted(folder, len(config.loss) * config.seeds), INTERRUPTED)
+    except training.MissingPackageError as error:
+        return _fail(error, ENVIRONMENT)
+    except ValueError as error:
+        return _fail(error, USAGE)
     except (FloatingPointError, OSError, training.BadImageError) as error:
         return _fail(error, FAILURE)
     if folder is not None:
@@ -253,9 +265,9 @@ def _first_section(box: str) -> str:
     lines: list[str] = []
     for line in box.splitlines():
         text = line.strip("│╭╮╰╯ ")
-        if lines and set(text) <= {"─"}:
+        if lines and set(text) <= {"─", "-"}:
             break
-        if text and "─" not in text:
+        if text and not set(text) <= {"-", "+", " "} and "─" not in text:
             lines.append(text)
     return f"{' '.join(lines)} (see classfair train --help)"
 

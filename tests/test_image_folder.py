@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from classfair import effective_number_weights
 from classfair.cli import main
 
 pytest.importorskip("torchvision", reason="image folders need torchvision")
 timm = pytest.importorskip("timm", reason="timm's models need timm")
 
-from classfair.training import TrainConfig, saved_config  # noqa: E402
+from classfair.training import TrainConfig, engine, saved_config  # noqa: E402
 from classfair.training.image_folder import load_image_folder  # noqa: E402
 
 CLASSES = ["eight", "five", "four", "nine", "one", "seven", "six", "three", "two", "zero"]  # as folders sort
@@ -157,6 +158,9 @@ def test_effective_frequency_of_an_earlier_run(folder, tmp_path):
     frequency = torch.tensor(read_metrics(tmp_path / "first")["runs"][0]["effective_frequency"]).clamp_min(1e-3)
     checkpoint = torch.load(tmp_path / "second/checkpoints/la-seed0.pt", weights_only=True)
     torch.testing.assert_close(checkpoint["criterion"]["offset"], (frequency / frequency.sum()).log())
+    checkpoint = torch.load(tmp_path / "second/checkpoints/cb-seed0.pt", weights_only=True)
+    counts = frequency * torch.tensor(list(COUNTS.values()))
+    torch.testing.assert_close(checkpoint["criterion"]["reweight"], effective_number_weights(counts, 0.9999))
 
 
 def test_weights_of_an_earlier_run_start_the_next(folder, tmp_path, capsys):
@@ -181,8 +185,11 @@ def test_a_head_of_another_shape_stays_new(folder, tmp_path, copy):
     for part in ("train", "val"):
         shutil.rmtree(copy / part / "zero")
     path = tmp_path / "first" / "checkpoints" / "ce-seed0.pt"
-    assert train(copy, tmp_path / "second", "--epochs", 1, "-b", 32, "--weights", path) == 0
-    assert weights(tmp_path / "second")["fc.weight"].shape[0] == 9
+    assert train(copy, tmp_path / "second", "--epochs", 1, "-b", 300, "--lr", 1e-9, "--weights", path) == 0
+    first, second = weights(tmp_path / "first"), weights(tmp_path / "second")
+    assert second["fc.weight"].shape[0] == 9
+    kept = [k for k in first if k.endswith("weight") and not k.startswith("fc")]
+    assert all(torch.allclose(first[k], second[k], atol=1e-6) for k in kept)
 
 
 def damage(path):
@@ -220,6 +227,7 @@ def test_a_corrupt_image_is_skipped_by_name_on_request(copy, tmp_path, capfd):
         (lambda f: [p.unlink() for p in (f / "train" / "one").iterdir()], "training images of every class in"),
         (lambda f: shutil.rmtree(f / "val" / "one"), "expected validation images of every class, got none of one"),
         (lambda f: (f / "val" / "eleven").mkdir(), "got eleven as well"),
+        (lambda f: os.mkdir(os.fsencode(f / "train") + b"/caf\xe9"), "expected class folders with printable names"),
         (lambda f: [shutil.rmtree(p) for p in (f / "train").iterdir()], "expected one folder of images per class"),
     ],
 )
@@ -228,6 +236,45 @@ def test_what_is_missing_is_named(break_it, message, copy, tmp_path, capsys):
     assert train(copy, tmp_path / "run", "--epochs", 1) == 2
     assert message in one_line(capsys)
     assert not (tmp_path / "run").exists()
+
+
+def test_nothing_but_corrupt_images_is_an_error(copy, tmp_path, capfd):
+    for path in (copy / "val").rglob("*.png"):
+        path.write_text("no image")
+    assert train(copy, tmp_path / "run", "--epochs", 1, "--bad-images", "skip") == 1
+    assert "expected validation images that can be read, got none" in capfd.readouterr().err
+
+
+def test_a_last_step_of_one_image_joins_the_one_before(copy, tmp_path):
+    (copy / "train" / "zero" / "000.png").unlink()  # 113 images
+    assert train(copy, tmp_path / "run", "--epochs", 1, "-b", 16, "--model", "resnet18") == 0
+
+
+def test_a_run_goes_on_where_its_data_has_moved_to(copy, tmp_path, monkeypatch):
+    whole = ("--epochs", 2, "-b", 64)
+    assert train(copy, tmp_path / "whole", *whole) == 0
+    next_epoch = engine.Run.next_epoch
+
+    def stopping(run):
+        if run.epoch == 1:
+            raise KeyboardInterrupt
+        return next_epoch(run)
+
+    monkeypatch.chdir(copy.parent)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.Run, "next_epoch", stopping)
+        assert train("images", tmp_path / "run", *whole) == 130
+    copy.rename(tmp_path / "elsewhere")
+    resume = ["train", "--no-progress", "--resume", str(tmp_path / "run")]
+    assert main(resume) == 2
+    assert main([*resume, "--data", "imagefolder:elsewhere"]) == 0
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+
+
+def test_weights_with_a_cosine_head_start_another(folder, tmp_path):
+    assert train(folder, tmp_path / "first", "--epochs", 1, "--loss", "ldam") == 0
+    path = tmp_path / "first" / "checkpoints" / "ldam-seed0.pt"
+    assert train(folder, tmp_path / "second", "--epochs", 1, "--loss", "ldam", "--weights", path) == 0
 
 
 def test_a_class_without_validation_images_is_left_out_on_request(copy, tmp_path):
@@ -246,12 +293,18 @@ def test_a_class_without_validation_images_is_left_out_on_request(copy, tmp_path
     ("flags", "code", "message"),
     [
         (("--model", "resnet1"), 2, "expected model to be a name that torchvision or timm knows, got resnet1"),
+        (("--model", "vit_b_16"), 2, "expected a model for images of 32 pixels, got Wrong image height"),
+        (("--model-kwargs", "no_such_thing=3"), 2, "expected a model for images of 32 pixels, got"),
         (("--model", "mlp"), 2, "expected model to be mlp for digits"),
         (("--val-dir", "/nowhere"), 2, "expected a folder of images, got /nowhere, which is missing"),
         (("--split", "0.001"), 2, "expected a split that leaves images"),
         (("--auto-augment", "magic"), 2, "expected auto_augment to be none, ra, ta_wide, augmix or imagenet"),
         (("--model-kwargs", "depth"), 2, "expected model_kwargs as NAME=VALUE, got depth"),
-        (("--effective-frequency", "/nowhere"), 2, "expected effective_frequency to name a finished run folder"),
+        (
+            ("--loss", "la", "--effective-frequency", "/nowhere"),
+            2,
+            "expected effective_frequency to name a finished run folder",
+        ),
     ],
 )
 def test_bad_options_are_one_line(flags, code, message, folder, tmp_path, capsys):
@@ -265,7 +318,7 @@ def test_pretrained_weights_but_for_the_head(folder, tmp_path, capsys, monkeypat
     import torchvision
 
     thousand = torchvision.models.resnet18(num_classes=1000).state_dict()
-    monkeypatch.setattr(torchvision.models.WeightsEnum, "get_state_dict", lambda self: thousand)
+    monkeypatch.setattr(torchvision.models.WeightsEnum, "get_state_dict", lambda self, *_, **__: thousand)
     flags = ("--model", "resnet18", "--epochs", 1, "--lr", 1e-12, "--weights", "pretrained")
     assert train(folder, tmp_path / "run", *flags) == 0
     state = weights(tmp_path / "run")
@@ -273,7 +326,7 @@ def test_pretrained_weights_but_for_the_head(folder, tmp_path, capsys, monkeypat
     assert torch.allclose(state["layer3.0.conv1.weight"], thousand["layer3.0.conv1.weight"], atol=1e-9)
     capsys.readouterr()
 
-    def no_network(self):
+    def no_network(self, *_, **__):
         raise OSError("no network")
 
     monkeypatch.setattr(torchvision.models.WeightsEnum, "get_state_dict", no_network)

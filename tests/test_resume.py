@@ -181,6 +181,8 @@ def change(path, **entries):
         ((), {"format_version": 99}, "of format 99, which a newer classfair wrote"),
         ((), {"format_version": 1}, "of format 1, which an older classfair wrote"),
         ((), {"class_names": ["cat"]}, "expected a checkpoint with the classes of the data"),
+        ((), {"seed": 7}, "ce-seed0.pt of another run"),
+        (("--output", "elsewhere"), {}, "expected output to be left out with resume"),
         ((), {"model": {"weight": torch.zeros(1)}}, "expected a checkpoint of model mlp, got another one"),
         (("--epochs", "9"), {}, "expected epochs 4 as in the run folder, got 9"),
         (("--batch-size", "32"), {}, "expected processes * batch_size * grad_accum to stay 64"),
@@ -206,6 +208,9 @@ def test_a_step_may_be_dealt_out_in_another_way(whole, tmp_path, monkeypatch):
 def test_no_run_folder(tmp_path, capsys):
     assert main(["train", "--resume", str(tmp_path)]) == 2
     assert "expected a run folder to resume" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text("[]")
+    assert main(["train", "--resume", str(tmp_path)]) == 2
+    assert "of format 1, got None" in capsys.readouterr().err
     (tmp_path / "config.json").write_text('{"format_version": 77}')
     assert main(["train", "--resume", str(tmp_path)]) == 2
     assert "of format 1, got 77" in capsys.readouterr().err

@@ -61,24 +61,58 @@ def test_processes_train_and_count_as_one(world, alone, tmp_path):
     assert json.loads((tmp_path / "run" / "config.json").read_text())["processes"] == world
 
 
-def test_a_process_that_fails_ends_the_run_with_its_error(tmp_path):
-    """The second process reads an image that the first never sees."""
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_a_process_that_fails_ends_the_run_with_its_error(part, tmp_path):
+    """One process reads an image that the other never sees."""
     pytest.importorskip("torchvision", reason="image folders need torchvision")
     pytest.importorskip("timm", reason="the small model is timm's")
     from PIL import Image
 
-    for part in ("train", "val"):
+    for folder in ("train", "val"):
         for name in ("a", "b"):
-            (tmp_path / part / name).mkdir(parents=True)
+            (tmp_path / folder / name).mkdir(parents=True)
             for i in range(8):
-                Image.new("RGB", (32, 32)).save(tmp_path / part / name / f"{i}.png")
-    (tmp_path / "val" / "b" / "7.png").write_text("no image")
+                Image.new("RGB", (32, 32)).save(tmp_path / folder / name / f"{i}.png")
+    (tmp_path / part / "b" / "7.png").write_text("no image")
     job = ["train", "--data", f"imagefolder:{tmp_path}", "--model", "timm:test_resnet", "--img-size", 32, "-j", 0]
     start = time.monotonic()
     process = torchrun(2, *job, "--epochs", 3, "--no-progress", "--output", tmp_path / "run")
     assert process.returncode == 1
-    assert f"classfair train: expected an image, got {tmp_path}/val/b/7.png" in process.stderr
+    assert f"classfair train: expected an image, got {tmp_path}/{part}/b/7.png" in process.stderr
     assert time.monotonic() - start < 90  # and not the half hour that the others would wait
+
+
+def test_an_output_folder_that_is_refused_ends_all_processes(tmp_path):
+    (tmp_path / "precious.txt").write_text("mine")
+    process = torchrun(2, *JOB, "--output", tmp_path, timeout=90)
+    assert process.returncode == 1
+    assert "expected a new or empty output folder" in process.stderr
+
+
+def test_evaluation_has_the_running_averages_of_the_checkpoint(tmp_path):
+    """Batch norm sees other images on every process; the model that is evaluated is the one that is kept."""
+    pytest.importorskip("torchvision", reason="image folders need torchvision")
+    timm = pytest.importorskip("timm", reason="the small model is timm's")
+    from PIL import Image
+
+    from classfair.training.image_folder import load_image_folder
+
+    g = torch.Generator().manual_seed(0)
+    for part in ("train", "val"):
+        for name in ("a", "b"):
+            (tmp_path / part / name).mkdir(parents=True)
+            for i in range(12):
+                pixels = torch.randint(0, 256, (32, 32, 3), generator=g, dtype=torch.uint8)
+                Image.fromarray(pixels.numpy()).save(tmp_path / part / name / f"{i}.png")
+    job = ["train", "--data", f"imagefolder:{tmp_path}", "--model", "timm:test_resnet", "--img-size", 32, "-j", 0]
+    assert torchrun(2, *job, "-b", 4, "--epochs", 2, "--no-progress", "--output", tmp_path / "run").returncode == 0
+    state = torch.load(tmp_path / "run" / "checkpoints" / "ce-seed0.pt", weights_only=True)
+    model = timm.create_model("test_resnet", num_classes=2).eval()
+    model.load_state_dict(state["model"])
+    config = TrainConfig.for_data(f"imagefolder:{tmp_path}", img_size=32)
+    images, target = load_image_folder(config, tmp_path, seed=0).val[0, list(range(24))]
+    loss = torch.nn.functional.cross_entropy(model(images), target)
+    assert float(state["val"]["loss"][0] / state["val"]["loss"][1]) == pytest.approx(loss.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("world", range(1, 9))
@@ -109,5 +143,6 @@ def test_a_step_has_the_same_images_however_it_is_dealt_out(images, sampler):
 
     expected = steps(1, 12, 1)
     assert sum(map(len, expected)) == images
+    assert all(len(step) > 1 for step in expected) or images == 1  # batch norm needs two
     for world, batch_size, grad_accum in ((2, 6, 1), (3, 4, 1), (1, 4, 3), (2, 2, 3), (4, 3, 1), (6, 2, 1)):
         assert steps(world, batch_size, grad_accum) == expected

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from classfair.training import interruption
 from classfair.training.config import CHANGEABLE, TrainConfig, defaults
-from classfair.training.distributed import SINGLE, Processes, joined, local_device
+from classfair.training.distributed import SINGLE, Processes, joined
 from classfair.training.engine import DeviceUnavailableError, resolve_device, run_all
 from classfair.training.image_folder import BadImageError
 from classfair.training.models import MissingPackageError
@@ -31,9 +32,9 @@ __all__ = [
     "TrainConfig",
     "check_resumable",
     "defaults",
+    "interruption",
     "joined",
     "json_ready",
-    "local_device",
     "resolve_device",
     "saved_config",
     "summarise",
@@ -60,7 +61,7 @@ def train(
         processes: this process among all, see :func:`joined`.
         resume: run folder whose checkpoints to go on from.
     """
-    device = device or local_device(resolve_device(config.device))
+    device = device or resolve_device(config.device)
     if folder is None:
         return run_all(config, None, on_epoch, device, processes, resume)
     with folder:
@@ -77,12 +78,12 @@ def saved_config(path: Path) -> dict[str, Any]:
         content = json.loads((path / CONFIG).read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"expected a run folder to resume, got {path} ({error})") from None
-    if content.get("format_version") != CONFIG_VERSION:
-        raise CheckpointError(
-            f"expected {path / CONFIG} of format {CONFIG_VERSION}, got {content.get('format_version')}"
-        )
-    names = defaults("digits").keys() | {"processes"}
-    return {name: tuple(v) if isinstance(v, list) else v for name, v in content.items() if name in names}
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if version != CONFIG_VERSION or not isinstance(content.get("data"), str):
+        raise CheckpointError(f"expected {path / CONFIG} of format {CONFIG_VERSION}, got {version}")
+    known = {"processes": 1, **defaults(content["data"])}  # options that came later had their defaults
+    saved = {name: tuple(v) if isinstance(v, list) else v for name, v in content.items() if name in known}
+    return {**known, **saved}
 
 
 def check_resumable(config: TrainConfig, saved: dict[str, Any], world: int) -> None:

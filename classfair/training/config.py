@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ AMP_DTYPES = ("bfloat16", "float16")
 BAD_IMAGES = ("error", "skip")
 IMAGE_FOLDER = "imagefolder:"
 
-#: What may differ when a job goes on; nothing of it changes what is computed but for rounding.
-CHANGEABLE = ("batch_size", "grad_accum", "val_batch_size", "workers", "device", "compile", "save_every")
+#: What may differ when a job goes on: where things are, and how a step is computed (with batch norm, by which parts).
+PLACES = ("data", "val_dir", "weights", "effective_frequency")
+CHANGEABLE = (*PLACES, "batch_size", "grad_accum", "val_batch_size", "workers", "device", "compile", "save_every")
 
 
 def _option(default: Any, text: str, *, images: Any = None, **cli: Any) -> Any:
@@ -119,7 +121,9 @@ class TrainConfig:
         "error", "What an unreadable image is: an error, or skipped by name.", metavar="{error,skip}"
     )
     allow_missing: bool = _option(False, "Let classes have no validation images; they are left out of all means.")
-    workers: int = _option(0, "Processes that load images, per process.", images=4, aliases=("-j",))
+    workers: int = _option(
+        0, "Processes that load images, per process.", images=min(4, os.cpu_count() or 1), aliases=("-j",)
+    )
     compile: bool = _option(False, "Compile the model with torch.compile.")
     sync_bn: bool = _option(False, "Batch norm over all processes.")
     seed: int = _option(
@@ -149,12 +153,21 @@ class TrainConfig:
         object.__setattr__(self, "loss", tuple(dict.fromkeys(self.loss)))
         object.__setattr__(self, "model_kwargs", tuple(self.model_kwargs))
         object.__setattr__(self, "scale", tuple(self.scale))
+        self._make_paths_absolute()  # so that a job can be resumed from elsewhere
         object.__setattr__(self, "omega", tuple(self.omega))
         for name, (holds, expected) in {**self._choices(), **self._ranges(), **self._combinations()}.items():
             if not holds:
                 value = getattr(self, name)
                 shown = " ".join(map(str, value)) or "none" if isinstance(value, tuple) else value
                 raise ValueError(f"expected {name} {expected}, got {shown if shown != '' else 'nothing'}")
+
+    def _make_paths_absolute(self) -> None:
+        if self.image_folder is not None and len(self.data) > len(IMAGE_FOLDER):
+            object.__setattr__(self, "data", IMAGE_FOLDER + os.path.abspath(self.image_folder))
+        for name in ("val_dir", "weights", "effective_frequency"):
+            value = getattr(self, name)
+            if value not in ("", "pretrained"):
+                object.__setattr__(self, name, os.path.abspath(value))
 
     def _choices(self) -> dict[str, tuple[bool, str]]:
         choices = {
@@ -212,8 +225,13 @@ class TrainConfig:
         images = self.image_folder is not None
         rules = {"model": (images != (self.model == "mlp"), "to be mlp for digits, and another one for image folders")}
         if not images:
-            for name in ("val_dir", "split", "weights", "mixup", "cutmix", "workers"):
+            for name in ("val_dir", "split", "weights", "mixup", "cutmix", "workers", "random_erase", "model_kwargs"):
                 rules[name] = (not getattr(self, name), "to be left out with digits")
+            for name, value in {"auto_augment": "none", "bad_images": "error"}.items():
+                rules[name] = (getattr(self, name) == value, "to be left out with digits")
+        if self.effective_frequency:
+            used = bool({"la", "cb"} & set(self.loss))
+            rules["effective_frequency"] = (used, "with a loss that uses it (la, cb)")
         if self.val_dir:
             rules["split"] = (self.split == 0, "to be left out with val_dir")
         if self.loss_warmup:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any
 
 import numpy as np
@@ -42,9 +44,15 @@ class TensorBatches(Dataset[Any]):
         return self.images[indices], self.target[indices]
 
 
-def derived_seed(*parts: int) -> int:
-    """A seed of its own for every combination of numbers, e.g. seed, epoch and process."""
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0])
+class Draw(IntEnum):
+    """What random numbers are drawn for."""
+
+    ORDER, IMAGE, MIX, DROPOUT, HEAD = range(5)
+
+
+def derived_seed(purpose: Draw, *parts: int) -> int:
+    """A seed of its own for every purpose and combination of numbers, e.g. seed, epoch and process."""
+    return int(np.random.SeedSequence((purpose, *parts)).generate_state(1, np.uint64)[0])
 
 
 def load_data(config: TrainConfig, seed: int) -> Data:
@@ -71,7 +79,8 @@ class TrainingOrder(Sampler[Request]):
     An optimiser step takes the next ``world * batch_size * grad_accum`` images of the epoch's order, the last step
     what is left, and deals them out as evenly as it can. So what a step computes does not depend on how many processes
     and forward passes share it. A part without an image gets one that counts for nothing (see :meth:`counts`),
-    because every process must take part in every collective.
+    because every process must take part in every collective. Batch norm cannot do with one image, so that parts have
+    two at least; a last step of a single image joins the one before.
     """
 
     def __init__(self, targets: Tensor, config: TrainConfig, seed: int, epoch: int, processes: Processes) -> None:
@@ -81,12 +90,15 @@ class TrainingOrder(Sampler[Request]):
             sampler.set_epoch(epoch)
             order = torch.tensor(list(sampler))
         else:
-            generator = torch.Generator().manual_seed(derived_seed(seed, epoch))
+            generator = torch.Generator().manual_seed(derived_seed(Draw.ORDER, seed, epoch))
             order = torch.randperm(len(targets), generator=generator)
         parts = config.grad_accum * processes.world
-        steps = order.split(parts * config.batch_size)
-        self._filler = order[:1]
-        self._requests = [step.tensor_split(parts)[processes.rank :: processes.world] for step in steps]
+        steps = list(order.split(parts * config.batch_size))
+        least = min(2, config.batch_size)
+        if len(steps) > 1 and len(steps[-1]) < least:
+            steps[-2:] = [torch.cat(steps[-2:])]
+        self._filler = order[:least]
+        self._requests = [_deal(step, parts, least)[processes.rank :: processes.world] for step in steps]
 
     def counts(self, step: int, part: int) -> bool:
         """Whether the images of a forward pass count, or only stand in for none."""
@@ -103,6 +115,12 @@ class TrainingOrder(Sampler[Request]):
 
     def __len__(self) -> int:
         return sum(map(len, self._requests))
+
+
+def _deal(step: Tensor, parts: int, least: int) -> list[Tensor]:
+    """Parts of nearly equal size and at least that many images; some may be empty for it."""
+    filled = max(1, min(parts, len(step) // least))
+    return [*step.tensor_split(filled), *[step[:0]] * (parts - filled)]
 
 
 class EvaluationOrder(Sampler[Request]):
@@ -131,10 +149,15 @@ def loader(
         sampler=order,
         batch_size=None,  # requests are whole batches
         collate_fn=_as_it_is,
+        worker_init_fn=_leave_interrupts_to_the_main_process,
         num_workers=config.workers,
         pin_memory=device.type == "cuda",
         generator=torch.Generator().manual_seed(0),  # unused, but else drawn from the global random state
     )
+
+
+def _leave_interrupts_to_the_main_process(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _as_it_is(batch: Any) -> Any:

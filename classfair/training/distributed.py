@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -24,6 +25,19 @@ class Processes:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def leave(self, code: int) -> None:
+        """End this process after an error: others may wait in a collective, and only its exit tells torchrun."""
+        if self.world > 1:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    def broadcast_(self, values: Iterable[Tensor]) -> None:
+        """The main process's values to all, in place."""
+        if self.world > 1:
+            for value in values:
+                dist.broadcast(value, 0)
 
     def sum_(self, value: Tensor) -> Tensor:
         """The sum over all processes, in place."""

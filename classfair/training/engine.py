@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,10 +15,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 import classfair
 from classfair.feature_losses import FeatureLoss
-from classfair.nn import CosineLinear, WithFeatures, replace_head, with_features
+from classfair.nn import WithFeatures, with_features
+from classfair.training import interruption
 from classfair.training.config import FEATURE_LOSSES, TrainConfig
-from classfair.training.data import Data, EvaluationOrder, TrainingOrder, derived_seed, load_data, loader
-from classfair.training.distributed import Processes
+from classfair.training.data import Data, Draw, EvaluationOrder, TrainingOrder, derived_seed, load_data, loader
+from classfair.training.distributed import Processes, local_device
+from classfair.training.image_folder import BadImageError
 from classfair.training.models import build_model
 from classfair.training.objective import (
     build_criterion,
@@ -41,7 +44,7 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
+        device = local_device(torch.device(name))
     except RuntimeError:
         raise ValueError(f"expected device to be auto, cpu, cuda or cuda:N, got {name}") from None
     try:
@@ -68,10 +71,7 @@ class Run:
         frequency = None
         if config.effective_frequency:
             frequency = read_effective_frequency(Path(config.effective_frequency), seed, data.class_names)
-        self.model: nn.Module = build_model(config, num_classes, seed)
-        if loss == "ldam":
-            torch.manual_seed(derived_seed(seed, 0))
-            replace_head(self.model, lambda head: CosineLinear(head.in_features, num_classes, config.cosine_scale))
+        self.model: nn.Module = build_model(config, num_classes, seed, cosine=loss == "ldam")
         feature_dim = 0
         if loss in FEATURE_LOSSES:
             self.model = with_features(self.model)
@@ -106,7 +106,7 @@ class Run:
         self.model.train()
         self.criterion.train()
         # Dropout differs between processes; the generator of workers is fixed because images seed themselves.
-        torch.manual_seed(derived_seed(self.seed, self.epoch, self.processes.rank, 2))
+        torch.manual_seed(derived_seed(Draw.DROPOUT, self.seed, self.epoch, self.processes.rank))
         totals = Totals(len(self.data.class_names), self.device)
         order = TrainingOrder(self.data.train_targets, self.config, self.seed, self.epoch, self.processes)
         batches = self._batches(loader(self.data.train, order, self.config, self.device))
@@ -116,7 +116,7 @@ class Run:
                 images, target = next(batches)
                 window.append((images, target if order.counts(step, part) else _ignored(target)))
             self._step(window, totals)
-        return totals.merge(self.processes)
+        return self._merged(totals, "training")
 
     def _step(self, window: list[tuple[Tensor, Any]], totals: Totals) -> None:
         """One optimiser step: the mean loss over all images of all forward passes and processes."""
@@ -150,6 +150,8 @@ class Run:
     @torch.no_grad()
     def evaluate(self) -> Totals:
         """Statistics of the validation images, every one exactly once over all processes."""
+        # Running averages of batch norm differ between processes; those of the main one are in the checkpoint.
+        self.processes.broadcast_(self.model.buffers())
         self.model.eval()
         self.criterion.eval()
         totals = Totals(len(self.data.class_names), self.device)
@@ -157,11 +159,18 @@ class Run:
         for images, target in self._batches(loader(self.data.val, order, self.config, self.device)):
             loss, stats = self._loss(self.model, images, target)
             totals.add(loss, stats.count.sum(), stats)
-        return totals.merge(self.processes)
+        return self._merged(totals, "validation")
+
+    def _merged(self, totals: Totals, part: str) -> Totals:
+        totals.merge(self.processes)
+        if not totals.counts[0].any():
+            raise BadImageError(f"expected {part} images that can be read, got none")
+        return totals
 
     def _batches(self, batches: Iterable[Any]) -> Iterator[tuple[Tensor, Any]]:
         """Images where they were loaded, targets on the device: their weights come before the first forward pass."""
         for batch in batches:
+            interruption.check()
             if isinstance(batch, Exception):
                 raise batch
             images, target = batch
@@ -263,18 +272,36 @@ def run_all(
         for seed in range(config.seed, config.seed + config.seeds):
             data = load_data(config, seed)
             for loss in config.loss:
-                run = Run(loss, seed, data, config, device, processes)
-                if resume is not None and (state := newest_checkpoint(resume, f"{loss}-seed{seed}")):
-                    run.load_state_dict(state)
-                results.append(fit(run, folder, on_epoch))
+                # One run at a time: models of two would take twice the memory.
+                results.append(fit(prepare(loss, seed, data, config, device, processes, resume), folder, on_epoch))
     return results
+
+
+def prepare(
+    loss: str,
+    seed: int,
+    data: Data,
+    config: TrainConfig,
+    device: torch.device,
+    processes: Processes,
+    resume: Path | None,
+) -> Run:
+    """A new run, or one that stands where its newest checkpoint does."""
+    state = None if resume is None else newest_checkpoint(resume, loss, seed)
+    if state is None:
+        return Run(loss, seed, data, config, device, processes)
+    # What the checkpoint replaces need not be there any more.
+    run = Run(loss, seed, data, replace(config, weights="", effective_frequency=""), device, processes)
+    run.config = config
+    run.load_state_dict(state)
+    return run
 
 
 def fit(run: Run, folder: RunFolder | None, on_epoch: Callable[[Epoch], None]) -> RunResult:
     """Train until the last epoch, with a checkpoint every ``save_every`` epochs and at the end."""
     name = f"{run.loss}-seed{run.seed}"
     if folder is not None:
-        folder.begin(name, run.epoch)
+        folder.begin(name, run.epoch, finished=run.epoch == run.config.epochs)
     while run.epoch < run.config.epochs:
         now = run.next_epoch()
         last = run.epoch == run.config.epochs

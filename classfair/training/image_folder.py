@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, default_collate
 
 from classfair.data import MixedTargetCollate
 from classfair.training.config import TrainConfig
-from classfair.training.data import Data, Request, derived_seed
+from classfair.training.data import Data, Draw, Request, derived_seed
 
 Sample = tuple[str, int]  # path and label
 
@@ -50,8 +50,8 @@ class ImageBatches(Dataset[Any]):
         state = torch.get_rng_state()
         try:
             images = [self._read(epoch, index) for index in indices]
-            # The first image names the batch; 1 keeps its mixing apart from its augmentation.
-            torch.default_generator.manual_seed(derived_seed(self.seed, epoch, indices[0], 1))
+            # The first image names the batch.
+            torch.default_generator.manual_seed(derived_seed(Draw.MIX, self.seed, epoch, indices[0]))
             return self.collate(images)
         except BadImageError as error:
             return error  # raised in a worker it would arrive wrapped in that worker's traceback
@@ -63,10 +63,10 @@ class ImageBatches(Dataset[Any]):
         from torchvision.datasets.folder import default_loader
 
         path, label = self.samples[index]
-        torch.default_generator.manual_seed(derived_seed(self.seed, epoch, index))
+        torch.default_generator.manual_seed(derived_seed(Draw.IMAGE, self.seed, epoch, index))
         try:
             image = default_loader(path)
-        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises, by format
+        except Exception as error:  # decoders fail in their own ways
             reason = str(error) or type(error).__name__
             if not self.skip_bad:
                 raise BadImageError(
@@ -90,6 +90,8 @@ def load_image_folder(config: TrainConfig, folder: Path, seed: int) -> Data:
     if config.split:
         train, val = _split(train, config.split, seed)
     else:
+        if val_dir.resolve() == train_dir.resolve():
+            raise ValueError(f"expected validation images other than those of training, got {val_dir} for both")
         if unknown := sorted(set(_class_folders(val_dir)) - set(names)):
             raise ValueError(f"expected classes of {train_dir} in {val_dir}, got {_some(unknown)} as well")
         val = _samples(val_dir, names)
@@ -114,6 +116,9 @@ def _class_folders(folder: Path) -> list[str]:
             f"expected a folder of images, got {folder}, which is {'a file' if folder.exists() else 'missing'}"
         )
     names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    for name in names:
+        if not name.isprintable() or name.encode(errors="surrogateescape").decode(errors="replace") != name:
+            raise ValueError(f"expected class folders with printable names in UTF-8 in {folder}, got {name!r}")
     if not names:
         raise ValueError(f"expected one folder of images per class in {folder}, got none")
     return names

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from classfair.nn import CosineLinear, replace_head
 from classfair.training.config import TrainConfig
+from classfair.training.data import Draw, derived_seed
 
 WIDTHS = (64, 64, 32)
 
@@ -19,16 +21,37 @@ class MissingPackageError(RuntimeError):
     """A model's package is not installed, or its weights cannot be had."""
 
 
-def build_model(config: TrainConfig, num_classes: int, seed: int) -> nn.Module:
-    """The model with ``num_classes`` logits, initialised from the seed; ldam gets a cosine head in the engine."""
+def build_model(config: TrainConfig, num_classes: int, seed: int, *, cosine: bool = False) -> nn.Module:
+    """The model with ``num_classes`` logits, initialised from the seed, with a cosine head if asked for."""
     if config.model == "mlp":
-        return mlp((*WIDTHS, num_classes), torch.Generator().manual_seed(seed))
-    torch.manual_seed(seed)
-    pretrained = config.weights == "pretrained"
-    model = _by_name(config.model, num_classes, _arguments(config), pretrained)
-    if config.weights and not pretrained:
+        model: nn.Module = mlp((*WIDTHS, num_classes), torch.Generator().manual_seed(seed))
+    else:
+        torch.manual_seed(seed)
+        arguments, pretrained = _arguments(config), config.weights == "pretrained"
+        try:
+            model = _by_name(config.model, num_classes, arguments, pretrained)
+            _check_logits(model, config.img_size, num_classes)
+        except (TypeError, AssertionError, RuntimeError) as error:
+            if isinstance(error, MissingPackageError):
+                raise
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(f"expected a model for images of {config.img_size} pixels, got {reason}") from None
+    if cosine:
+        torch.manual_seed(derived_seed(Draw.HEAD, seed))
+        replace_head(model, lambda head: CosineLinear(head.in_features, num_classes, config.cosine_scale))
+    if config.weights and config.weights != "pretrained":
         load_weights(model, Path(config.weights))
     return model
+
+
+@torch.no_grad()
+def _check_logits(model: nn.Module, size: int, num_classes: int) -> None:
+    """What the model returns, before hours of loading images for it."""
+    model.eval()
+    logits = model(torch.zeros(2, 3, size, size))
+    shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if shape != (2, num_classes):
+        raise RuntimeError(f"logits of shape {shape} for 2 images of {num_classes} classes")
 
 
 def _by_name(name: str, num_classes: int, arguments: dict[str, Any], pretrained: bool) -> nn.Module:
@@ -37,10 +60,10 @@ def _by_name(name: str, num_classes: int, arguments: dict[str, Any], pretrained:
         import torchvision
 
         if name in torchvision.models.list_models(module=torchvision.models):
-            model = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **arguments)
-            if pretrained:
-                weights = torchvision.models.get_model_weights(name).DEFAULT
-                _fit_weights(model, _download(weights.get_state_dict), f"torchvision's weights {weights}")
+            make = torchvision.models.get_model
+            model = make(name, weights=None, num_classes=num_classes, **arguments)
+            if pretrained:  # through torchvision's own model, which knows the old names in its files
+                _fit_weights(model, _download(make, name, weights="DEFAULT").state_dict(), "torchvision's weights")
             return model
     try:
         import timm
@@ -99,7 +122,8 @@ def _fit_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> Non
     own = model.state_dict()
     reshaped = {k for k, v in state.items() if k in own and own[k].shape != v.shape}
     heads = {k.rpartition(".")[0] for k in reshaped}
-    differs = (set(own) - set(state)) | (set(state) - set(own))
+    missing = {k for k in set(own) - set(state) if not k.endswith("num_batches_tracked")}  # as torch, from old files
+    differs = missing | (set(state) - set(own))
     if differs or len(heads) > 1:
         example = min(differs or reshaped)
         raise ValueError(f"expected weights of the same architecture, got {source}, which differs in {example}")

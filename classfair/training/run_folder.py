@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import re
 import sys
 import tempfile
 import zipfile
@@ -21,6 +22,7 @@ from classfair.training.totals import CLASS_COLUMNS, Epoch
 
 CHECKPOINT_VERSION = 2
 CONFIG = "config.json"
+STATISTICS = ",".join(["epoch", "class", *(f"{part}_{c}" for part in ("train", "val") for c in CLASS_COLUMNS)]) + "\n"
 
 
 class CheckpointError(ValueError):
@@ -110,13 +112,16 @@ class RunFolder:
             previous.unlink(missing_ok=True)
             self.finished.append(name)
 
-    def begin(self, name: str, epoch: int) -> None:
+    def begin(self, name: str, epoch: int, *, finished: bool) -> None:
         """Start or go on with a run after that epoch: what was logged later was lost with its weights."""
+        if finished:
+            self.finished.append(name)
         log = self.path / "statistics" / f"{name}.csv"
         if log.exists():
-            header, *rows = log.read_text().splitlines(keepends=True)
-            kept = [row for row in rows if row.endswith("\n") and int(row.partition(",")[0]) <= epoch]
-            self.write(f"statistics/{name}.csv", "".join([header, *kept]).encode())
+            rows = log.read_text(errors="replace").splitlines(keepends=True)
+            number = re.compile(r"(\d+),.*\n")  # a kill leaves half a row, or a header that never reached the disk
+            kept = [row for row in rows if (found := number.fullmatch(row)) and int(found[1]) <= epoch]
+            self.write(f"statistics/{name}.csv", (STATISTICS + "".join(kept)).encode())
 
     def log(self, name: str, now: Epoch) -> None:
         """Per-class statistics of an epoch, and its scalars for TensorBoard where that is installed."""
@@ -124,11 +129,13 @@ class RunFolder:
         text = io.StringIO()
         table = csv.writer(text, lineterminator="\n")
         if not log.exists():
-            table.writerow(["epoch", "class", *(f"{part}_{c}" for part in ("train", "val") for c in CLASS_COLUMNS)])
+            text.write(STATISTICS)
         for c, (train, val) in enumerate(zip(now.train.rows(), now.val.rows(), strict=True)):
             table.writerow([now.epoch, c, *train, *val])
         with log.open("a") as file:
             file.write(text.getvalue())
+            file.flush()
+            os.fsync(file.fileno())
         self._log_scalars(name, now)
 
     def _log_scalars(self, name: str, now: Epoch) -> None:
@@ -174,17 +181,18 @@ def _sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def newest_checkpoint(path: Path, name: str) -> dict[str, Any] | None:
+def newest_checkpoint(path: Path, loss: str, seed: int) -> dict[str, Any] | None:
     """The newest whole checkpoint of a run, None if there is none; CheckpointError for one of another version."""
+    name = f"{loss}-seed{seed}"
     files = [file for file in _checkpoints(path, name) if file.exists()]
     for file in files:
         try:
             with zipfile.ZipFile(file) as archive:
                 damaged = archive.testzip()  # torch.load checks no checksum
             state = None if damaged else torch.load(file, map_location="cpu", weights_only=True)
-        except (OSError, zipfile.BadZipFile, RuntimeError, EOFError):
+        except Exception:  # torch.load fails in many ways on what is no checkpoint, and refuses pickled code
             state = None
-        if state is None:
+        if not isinstance(state, dict):
             print(f"classfair train: {file} is damaged", file=sys.stderr)
             continue
         version = state.get("format_version")
@@ -194,6 +202,8 @@ def newest_checkpoint(path: Path, name: str) -> dict[str, Any] | None:
                 f"expected a checkpoint of format {CHECKPOINT_VERSION}, got {file} of format {version},"
                 f" which {age} classfair wrote"
             )
+        if (state.get("loss"), state.get("seed")) != (loss, seed):
+            raise CheckpointError(f"expected a checkpoint of {name}, got {file} of another run")
         return state
     if files:
         raise CheckpointError(f"expected a whole checkpoint of {name} in {path}, got damaged ones only")
