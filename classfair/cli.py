@@ -131,6 +131,7 @@ def train(argv: Sequence[str]) -> int:
         code = _train(options, config, device, processes)
         if code != OK:
             processes.leave(code)
+    processes.leave(code)
     return code
 
 

@@ -183,8 +183,13 @@ def test_scripts_for_torchrun_are_those_tested_here():
     assert [block for file in files for block in python_blocks(file) if for_torchrun(block)] == [recipe(TORCHRUN)]
 
 
+# Threads of gloo that DDP keeps alive can abort an interpreter that is being torn down (pytorch issue 190489 and pull
+# request 179291): not what is tested here, so the process leaves without it, once all work is done.
+LEAVE = "\nimport os, sys\n\nsys.stdout.flush()\nos._exit(0)\n"
+
+
 def torchrun(world, script, folder):
-    (folder / "train_ddp.py").write_text(script)
+    (folder / "train_ddp.py").write_text(script + LEAVE)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
     process = subprocess.run(
         [*command, "train_ddp.py"],
@@ -337,7 +342,7 @@ def test_lightning_in_two_processes(tmp_path):
     script = changed(recipe("Lightning"), "devices=1", 'devices=2, strategy="ddp"')
     script += 'seen = [int(trainer.callback_metrics[f"{stage}_samples"]) for stage in ("train", "val")]\n'
     script += 'torch.save(seen, f"seen{trainer.global_rank}.pt")\n'
-    script += "trainer.strategy.barrier()\n"  # as in the script for torchrun
+    script += "trainer.strategy.barrier()\n" + LEAVE
     (tmp_path / "script.py").write_text(script)
     process = subprocess.run(
         [sys.executable, "script.py"],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -27,7 +26,11 @@ class Processes:
         return self.rank == 0
 
     def leave(self, code: int) -> None:
-        """End this process after an error: others may wait in a collective, and only its exit tells torchrun."""
+        """End this process if it is one of several, at once.
+
+        After an error others may wait in a collective, and only the exit of this one tells torchrun. And threads of
+        gloo that DDP keeps alive can abort an interpreter that is being torn down.
+        """
         if self.world > 1:
             sys.stdout.flush()
             sys.stderr.flush()
@@ -71,8 +74,5 @@ def joined(device: torch.device) -> Iterator[Processes]:
         torch.cuda.set_device(device)
     dist.init_process_group(backend, timeout=timedelta(minutes=30))
     yield Processes(dist.get_rank(), world)
-    # Models in DDP hold on to the group, in reference cycles: a thread of its own that outlives it ends the process by
-    # an abort. And no process leaves while another one still needs it.
-    gc.collect()
-    dist.barrier()
+    dist.barrier()  # no process leaves while another one still needs it
     dist.destroy_process_group()
