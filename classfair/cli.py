@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -262,15 +263,22 @@ def _parse(argv: Sequence[str]) -> Any:
 
 
 def _first_section(box: str) -> str:
-    """tyro frames its errors and adds advice below a rule: keep the message, as one line."""
-    lines: list[str] = []
+    """tyro frames its errors and adds advice below a rule: keep the message, as one line.
+
+    On a terminal the title is part of the frame, elsewhere it is a section of its own.
+    """
+    box = re.sub(r"\x1b\[[0-9;]*m", "", box)  # colours
+    framed = "─" in box
+    sections: list[list[str]] = [[]]
     for line in box.splitlines():
-        text = line.strip("│╭╮╰╯ ")
-        if lines and set(text) <= {"─", "-"}:
-            break
-        if text and not set(text) <= {"-", "+", " "} and "─" not in text:
-            lines.append(text)
-    return f"{' '.join(lines)} (see classfair train --help)"
+        text = line.strip("│╭╮╰╯|+ ")
+        if text and set(text) <= {"─", "-"}:
+            sections.append([])
+        elif text and "─" not in text:
+            sections[-1].append(text)
+    written = [section for section in sections if section]
+    message = written[0] if framed or len(written) == 1 else written[1]
+    return f"{' '.join(message)} (see classfair train --help)"
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from classfair import __version__
-from classfair.cli import main
+from classfair.cli import _first_section, main
 from classfair.training import TrainConfig, engine
 
 TINY = ["train", "--epochs", "2", "--seeds", "2", "--no-progress"]
@@ -191,6 +191,18 @@ def test_bad_usage_is_one_line(flags, message, tmp_path, capsys):
     assert main(["train", "--no-progress", "--output", str(output), *flags]) == 2
     assert message in one_line(capsys)
     assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    "box",
+    [
+        "\x1b[31m╭─\x1b[0m Missing ─╮\n│ Missing value for '--lr'. │\n│ ───── │\n│ For full helptext │\n╰──────╯\n",
+        "Missing\n-------\nMissing value for '--lr'.\n-------\nFor full helptext\n",
+        "Missing value for '--lr'.\n",
+    ],
+)
+def test_the_message_of_the_parser_alone(box):
+    assert _first_section(box) == "Missing value for '--lr'. (see classfair train --help)"
 
 
 def test_folder_with_files_is_refused_before_training(tmp_path, capsys, monkeypatch):
