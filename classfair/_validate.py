@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -71,6 +72,12 @@ def check_range(function: str, name: str, value: float, low: float, high: float 
     if not low <= value <= high:
         wanted = f"in [{low:g}, {high:g}]" if high < math.inf else f">= {low:g}"
         raise ValueError(f"{function}: expected {name} {wanted}, got {value}")
+
+
+def check_number(function: str, name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> None:
+    if not isinstance(value, Real):
+        raise TypeError(f"{function}: expected {name} as a number, got {type(value).__name__}")
+    check_range(function, name, float(value), low, high)
 
 
 def check_choice(function: str, name: str, value: Any, choices: Sequence[Any]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Sampler, default_collate
 
 from classfair import _validate as check
-from classfair.targets import MixedTarget, _stored_targets
+from classfair.targets import MixedTarget, _label_tensor, _stored_targets
 
 
 class MixedTargetCollate:
@@ -214,17 +214,9 @@ def _labels(function: str, source: Any, num_classes: int | None) -> Tensor:  # (
     if stored is None:
         kind = type(source).__name__
         raise TypeError(f"{function}: expected labels or a data set with .targets, .labels or .tensors, got {kind}")
-    labels = torch.as_tensor(np.asarray(stored.cpu() if isinstance(stored, Tensor) else stored))
+    labels = _label_tensor(function, stored, num_classes)
     if labels.numel() == 0:
         raise ValueError(f"{function}: expected at least one sample, got none")
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"{function}: expected integer labels, got {labels.dtype}")
-    labels = labels.reshape(-1).long()
-    bad = (labels < 0) | (labels >= (torch.iinfo(torch.int64).max if num_classes is None else num_classes))
-    if bool(bad.any()):
-        i = int(bad.nonzero()[0])
-        wanted = ">= 0" if num_classes is None else f"in [0, {num_classes})"
-        raise ValueError(f"{function}: expected labels {wanted}, got {int(labels[i])} at position {i}")
     return labels
 
 

@@ -40,6 +40,13 @@ def _device_name(device: str) -> str:
     return f"{platform.machine()}, {torch.get_num_threads()} threads"
 
 
+def _compare(compute: Callable[[str, str, torch.dtype], list[torch.Tensor]], backend: str, device: str) -> None:
+    """A back-end in float32 against the reference in float64."""
+    expected = compute("reference", "cpu", torch.float64)
+    for got, want in zip(compute(backend, device, torch.float32), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
 def _test_softmax_loss(backend: str, device: str) -> None:
     g = torch.Generator().manual_seed(0)
     logits = torch.randn(33, 17, generator=g)
@@ -53,9 +60,7 @@ def _test_softmax_loss(backend: str, device: str) -> None:
         (gradient,) = torch.autograd.grad(out.loss.sum() + out.mass.square().sum(), z)
         return [t.cpu().double() for t in (out.loss.detach(), out.mass.detach(), gradient)]
 
-    expected = compute("reference", "cpu", torch.float64)
-    for got, want in zip(compute(backend, device, torch.float32), expected, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    _compare(compute, backend, device)
 
 
 def _test_label_index(backend: str, device: str) -> None:
@@ -81,9 +86,7 @@ def _test_class_moments(backend: str, device: str) -> None:
             class_moments_merge(batch, index.key_of_slot, count, mean, variance, backend=name)
         return [t.cpu().double() for t in (count, mean, variance)]
 
-    expected = compute("reference", "cpu", torch.float64)
-    for got, want in zip(compute(backend, device, torch.float32), expected, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    _compare(compute, backend, device)
 
 
 def _test_pair_terms(backend: str, device: str) -> None:
@@ -98,9 +101,7 @@ def _test_pair_terms(backend: str, device: str) -> None:
         (gradient,) = torch.autograd.grad(ratio.square().sum(), weight)
         return [t.cpu().double() for t in (ratio.detach(), gradient)]
 
-    expected = compute("reference", "cpu", torch.float64)
-    for got, want in zip(compute(backend, device, torch.float32), expected, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    _compare(compute, backend, device)
 
 
 _SELF_TESTS: dict[str, Callable[[str, str], None]] = {

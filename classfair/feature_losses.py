@@ -14,7 +14,7 @@ from classfair.losses import CrossEntropyLoss, Keywords
 from classfair.moments import ClassStatistics
 from classfair.ops import LabelIndex, label_index
 from classfair.pair import PairTerms, distance_margin, mean_class_distance, pair_variance
-from classfair.priors import check_number, logit_adjustment
+from classfair.priors import logit_adjustment
 from classfair.statistics import BatchStats
 from classfair.targets import MixedTarget
 
@@ -36,14 +36,23 @@ class FeatureLoss(CrossEntropyLoss):
     statistics: ClassStatistics
     largest: Tensor
 
-    def __init__(self, statistics: ClassStatistics, every: int, keywords: Keywords) -> None:
+    def __init__(
+        self, num_classes: int, feature_dim: int, statistics: ClassStatistics | None, every: int, keywords: Keywords
+    ) -> None:
         super().__init__(**keywords)
         name = type(self).__name__
+        if statistics is None:
+            statistics = ClassStatistics(num_classes, feature_dim)
         if not isinstance(statistics, ClassStatistics):
             raise TypeError(f"{name}: expected statistics as ClassStatistics, got {type(statistics).__name__}")
         if statistics.cov is None:
             raise ValueError(f"{name}: expected statistics with a covariance, got covariance='none'")
-        check_number(name, "every", every, 1)
+        if tuple(statistics.mean.shape) != (num_classes, feature_dim):
+            raise ValueError(
+                f"{name}: expected statistics of {num_classes} classes and {feature_dim} features,"
+                f" got {tuple(statistics.mean.shape)}"
+            )
+        check.check_number(name, "every", every, 1)
         self.statistics = statistics
         self.every = every
         self.updates = 0
@@ -52,6 +61,12 @@ class FeatureLoss(CrossEntropyLoss):
     def pair(self, linear_weight: Tensor, labels: Tensor) -> PairTerms:
         """What is added to the logits of each label."""
         raise NotImplementedError
+
+    def absorbed(
+        self, features: Tensor, linear_weight: Tensor, target: Tensor | MixedTarget, linear_bias: Tensor | None
+    ) -> Tensor | None:
+        """Perturbed logits without pair rows, where the raw ones are not wanted and there is a cheaper way."""
+        return None
 
     def _index(self, labels: Tensor) -> LabelIndex:
         classes = self.statistics.mean.shape[0]
@@ -76,7 +91,8 @@ class FeatureLoss(CrossEntropyLoss):
         update: bool = True,
     ) -> Tensor:
         """The loss; see the class for shapes. ``update=False`` leaves the state alone, as in virtual steps."""
-        logits, arguments = self._prepare(features, linear_weight, target, logits, linear_bias, update)
+        raw = logits is not None
+        logits, arguments = self._prepare(features, linear_weight, target, logits, linear_bias, update, raw=raw)
         return cross_entropy(logits, target, **arguments)
 
     def with_stats(  # type: ignore[override]
@@ -95,13 +111,8 @@ class FeatureLoss(CrossEntropyLoss):
         ``options``: ``group``, ``num_groups``, ``joint``, ``label``, ``confusion`` and ``differentiable`` of
         :func:`classfair.cross_entropy_with_stats`.
         """
-        logits, arguments = self._prepare(features, linear_weight, target, logits, linear_bias, update)
+        logits, arguments = self._prepare(features, linear_weight, target, logits, linear_bias, update, raw=True)
         return cross_entropy_with_stats(logits, target, **options, **arguments)
-
-    @property
-    def active(self) -> bool:
-        """Whether the loss perturbs and learns; else it is plain cross-entropy."""
-        return self.training and torch.is_grad_enabled()
 
     def _prepare(
         self,
@@ -111,12 +122,18 @@ class FeatureLoss(CrossEntropyLoss):
         logits: Tensor | None,
         linear_bias: Tensor | None,
         update: bool,
+        *,
+        raw: bool,
     ) -> tuple[Tensor, dict[str, Any]]:
+        """Logits and the arguments of the loss on them; ``raw`` where they have to be the unperturbed ones."""
         self._check(features, linear_weight, target)
         arguments = self._arguments()
         if self.active:
             if update:
                 self._update(features, linear_weight, target)
+            perturbed = None if raw else self.absorbed(features, linear_weight, target, linear_bias)
+            if perturbed is not None:
+                return perturbed, arguments
             arguments["pair"] = self.pair(linear_weight, _both(target))
         if logits is None:
             logits = F.linear(features, linear_weight, linear_bias)
@@ -225,55 +242,27 @@ class ISDALoss(FeatureLoss):
         statistics: ClassStatistics | None = None,
         **keywords: Unpack[Keywords],
     ) -> None:
-        super().__init__(statistics or ClassStatistics(num_classes, feature_dim), 100, keywords)
-        check_number("ISDALoss", "strength", strength, 0.0)
-        _check_statistics("ISDALoss", self.statistics, num_classes, feature_dim)
+        super().__init__(num_classes, feature_dim, statistics, 100, keywords)
+        check.check_number("ISDALoss", "strength", strength, 0.0)
         self.register_buffer("strength", torch.tensor(float(strength)))
 
     def pair(self, linear_weight: Tensor, labels: Tensor) -> PairTerms:
         return (0.5 * self.strength) * self._variance(linear_weight, self._index(labels))
 
-    def forward(  # type: ignore[override]
-        self,
-        features: Tensor,
-        linear_weight: Tensor,
-        target: Tensor | MixedTarget,
-        *,
-        logits: Tensor | None = None,
-        linear_bias: Tensor | None = None,
-        update: bool = True,
-    ) -> Tensor:
-        """The loss; see the class for shapes. ``update=False`` leaves the state alone, as in virtual steps."""
-        diagonal = self.statistics.cov is not None and self.statistics.cov.dim() == 2
-        if logits is not None or not self.active or not diagonal or isinstance(target, MixedTarget):
-            return super().forward(
-                features, linear_weight, target, logits=logits, linear_bias=linear_bias, update=update
-            )
-        self._check(features, linear_weight, target)
-        if update:
-            self._update(features, linear_weight, target)
-        perturbed = self._absorbed(features, linear_weight, target, linear_bias)
-        return cross_entropy(perturbed, target, **self._arguments())
-
-    def _absorbed(self, features: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> Tensor:
+    def absorbed(
+        self, features: Tensor, linear_weight: Tensor, target: Tensor | MixedTarget, linear_bias: Tensor | None
+    ) -> Tensor | None:
         """Perturbed logits (N, C) up to a constant per sample, with one matrix product more than plain ones."""
         cov = self.statistics.cov
-        assert cov is not None
+        if cov is None or cov.dim() != 2 or isinstance(target, MixedTarget):
+            return None
         # Differences of rows are what counts: what all rows share would only cancel, with rounding errors.
-        centred = weight - weight.mean(0, keepdim=True)  # (C, D)
-        label = target.clamp(0, weight.shape[0] - 1)  # rows that are ignored or invalid are so below, too
+        centred = linear_weight - linear_weight.mean(0, keepdim=True)  # (C, D)
+        label = target.clamp(0, linear_weight.shape[0] - 1)  # rows that are ignored or invalid are so below, too
         scaled = (self.strength * cov[label]).to(features.dtype)  # (N, D)
         shifted = features - scaled * F.embedding(label, centred)
-        logits = F.linear(shifted, centred, bias)
+        logits = F.linear(shifted, centred, linear_bias)
         return torch.addmm(logits, scaled, (0.5 * centred.square()).T)
-
-
-def _check_statistics(function: str, statistics: ClassStatistics, num_classes: int, feature_dim: int) -> None:
-    if tuple(statistics.mean.shape) != (num_classes, feature_dim):
-        raise ValueError(
-            f"{function}: expected statistics of {num_classes} classes and {feature_dim} features,"
-            f" got {tuple(statistics.mean.shape)}"
-        )
 
 
 class MetaLADLoss(FeatureLoss):
@@ -339,8 +328,7 @@ class MetaLADLoss(FeatureLoss):
     ) -> None:
         log_prior = logit_adjustment(class_counts)
         num_classes = log_prior.numel()
-        super().__init__(statistics or ClassStatistics(num_classes, feature_dim), distance_every, keywords)
-        _check_statistics("MetaLADLoss", self.statistics, num_classes, feature_dim)
+        super().__init__(num_classes, feature_dim, statistics, distance_every, keywords)
         check.check_choice("MetaLADLoss", "per", per, ("scalar", "class", "pair"))
         if not terms or not set(terms) <= set(TERMS):
             raise ValueError(f"MetaLADLoss: expected terms among {', '.join(TERMS)}, got {', '.join(terms) or 'none'}")

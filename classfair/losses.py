@@ -8,7 +8,7 @@ from torch import Tensor
 from classfair import _validate as check
 from classfair._state import KeepsPrecision
 from classfair.functional import cross_entropy, cross_entropy_with_stats
-from classfair.priors import check_number, effective_number_weights, ldam_margins, logit_adjustment
+from classfair.priors import effective_number_weights, ldam_margins, logit_adjustment
 from classfair.statistics import BatchStats
 from classfair.targets import MixedTarget, total_weight
 
@@ -72,7 +72,7 @@ class CrossEntropyLoss(KeepsPrecision):
         super().__init__()
         name = type(self).__name__
         check.check_choice(name, "reduction", reduction, check.REDUCTIONS)
-        check_number(name, "label_smoothing", label_smoothing, 0.0, 1.0)
+        check.check_number(name, "label_smoothing", label_smoothing, 0.0, 1.0)
         if weight is not None:
             check.check_floats(name, "weight", weight, (weight.numel() if isinstance(weight, Tensor) else 0,))
         self.register_buffer("weight", weight)
@@ -114,15 +114,19 @@ class CrossEntropyLoss(KeepsPrecision):
             weight = self.reweight if weight is None else weight * self.reweight
         return {"offset": self.offset, "margin": self.margin, "gamma": self.gamma, "weight": weight}
 
+    @property
+    def active(self) -> bool:
+        """Whether the loss perturbs, as in training; else it is plain cross-entropy."""
+        return self.training and torch.is_grad_enabled()
+
     def _arguments(self) -> dict[str, Any]:
-        active = self.training and torch.is_grad_enabled()
         return {
             "weight": self.weight,
             "ignore_index": self.ignore_index,
             "reduction": self.reduction,
             "label_smoothing": self.label_smoothing,
             "backend": self.backend,
-            **(self.perturbation() if active else {}),
+            **(self.perturbation() if self.active else {}),
         }
 
     def forward(self, logits: Tensor, target: Tensor | MixedTarget) -> Tensor:
@@ -234,7 +238,7 @@ class LDAMLoss(CrossEntropyLoss):
         self, class_counts: Any, max_margin: float = 0.5, *, scale: float = 30.0, **keywords: Unpack[Keywords]
     ) -> None:
         super().__init__(**keywords)
-        check_number("LDAMLoss", "scale", scale)
+        check.check_number("LDAMLoss", "scale", scale)
         if not 0.0 < scale < float("inf"):
             raise ValueError(f"LDAMLoss: expected finite scale > 0, got {scale}")
         self.max_margin, self.scale = max_margin, scale
@@ -275,7 +279,7 @@ class ClassBalancedLoss(CrossEntropyLoss):
         self, class_counts: Any, beta: float = 0.9999, gamma: float = 0.0, **keywords: Unpack[Keywords]
     ) -> None:
         super().__init__(**keywords)
-        check_number("ClassBalancedLoss", "gamma", gamma, 0.0)
+        check.check_number("ClassBalancedLoss", "gamma", gamma, 0.0)
         self.beta, self.gamma = beta, float(gamma)
         self._make_own("reweight", effective_number_weights(class_counts, beta))
 
@@ -309,7 +313,7 @@ class FocalLoss(CrossEntropyLoss):
 
     def __init__(self, gamma: float = 2.0, **keywords: Unpack[Keywords]) -> None:
         super().__init__(**keywords)
-        check_number("FocalLoss", "gamma", gamma, 0.0)
+        check.check_number("FocalLoss", "gamma", gamma, 0.0)
         self.gamma = float(gamma)
 
     def extra_repr(self) -> str:

@@ -2,7 +2,6 @@
 
 import math
 import warnings
-from numbers import Real
 from typing import Any
 
 import torch
@@ -14,13 +13,7 @@ from classfair.statistics import BatchStats, effective_frequency
 # Stands for a class without a sample, as in the authors' code (Menon et al. 2021): log(1e-12) = -27.6, never -inf.
 _MIN_PRIOR = 1e-12
 # A class that is never recognised would otherwise get all the weight there is.
-_MIN_FREQUENCY = 1e-3
-
-
-def check_number(function: str, name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> None:
-    if not isinstance(value, Real):
-        raise TypeError(f"{function}: expected {name} as a number, got {type(value).__name__}")
-    check.check_range(function, name, float(value), low, high)
+MIN_FREQUENCY = 1e-3
 
 
 def _warn_of_absent(counts: Tensor, consequence: str) -> None:
@@ -54,7 +47,7 @@ def logit_adjustment(class_counts: Any, tau: float = 1.0) -> Tensor:
         >>> logit_adjustment([90, 10]).tolist()
         [-0.10536051541566849, -2.3025851249694824]
     """
-    check_number("logit_adjustment", "tau", tau)
+    check.check_number("logit_adjustment", "tau", tau)
     counts = check.check_counts("logit_adjustment", class_counts)
     _warn_of_absent(counts, "their prior is taken as 1e-12")
     return (tau * (counts / counts.sum()).clamp_min(_MIN_PRIOR).log()).float()
@@ -114,7 +107,7 @@ def ldam_margins(class_counts: Any, max_margin: float = 0.5) -> Tensor:
         >>> ldam_margins([10000, 16, 1]).tolist()
         [0.05000000074505806, 0.25, 0.5]
     """
-    check_number("ldam_margins", "max_margin", max_margin, 0.0)
+    check.check_number("ldam_margins", "max_margin", max_margin, 0.0)
     counts = check.check_counts("ldam_margins", class_counts)
     _warn_of_absent(counts, "they are treated as if they had one")
     # With counts below 1 (shares of the data, say) an absent class is as rare as the rarest one, not rarer than none.
@@ -147,7 +140,7 @@ def effective_number_weights(class_counts: Any, beta: float) -> Tensor:
         >>> [round(w, 4) for w in effective_number_weights([100, 10, 1], beta=0.9).tolist()]
         [0.2393, 0.3674, 2.3932]
     """
-    check_number("effective_number_weights", "beta", beta)
+    check.check_number("effective_number_weights", "beta", beta)
     if not 0.0 <= beta < 1.0:
         raise ValueError(f"effective_number_weights: expected beta in [0, 1), got {beta}")
     counts = check.check_counts("effective_number_weights", class_counts)
@@ -202,7 +195,7 @@ def effective_counts(stats: BatchStats, class_counts: Any = None) -> Tensor:
         expected, got = tuple(frequency.shape), tuple(counts.shape)
         raise ValueError(f"effective_counts: expected class_counts of shape {expected}, got {got}")
     frequency = torch.where(frequency.isnan(), frequency.nanmean(), frequency)
-    return (counts * frequency.clamp_min(_MIN_FREQUENCY)).float()
+    return (counts * frequency.clamp_min(MIN_FREQUENCY)).float()
 
 
 def tau_normalize(weight: Tensor, tau: float) -> Tensor:
@@ -226,7 +219,7 @@ def tau_normalize(weight: Tensor, tau: float) -> Tensor:
         >>> tau_normalize(torch.tensor([[3.0, 4.0], [0.0, 0.5]]), tau=1.0).tolist()
         [[0.6000000238418579, 0.800000011920929], [0.0, 1.0]]
     """
-    check_number("tau_normalize", "tau", tau)
+    check.check_number("tau_normalize", "tau", tau)
     if not isinstance(weight, Tensor) or weight.dim() != 2:
         got = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
         raise (ValueError if isinstance(weight, Tensor) else TypeError)(

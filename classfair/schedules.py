@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from classfair import _validate as check
 from classfair.feature_losses import ISDALoss
 from classfair.losses import CrossEntropyLoss
-from classfair.priors import check_number, effective_number_weights
+from classfair.priors import effective_number_weights
 
 
 class _Schedule:
@@ -84,7 +85,7 @@ class DeferredReweighting(_Schedule):
         name = type(self.criterion).__name__
         if "reweight" in self.criterion.own:
             raise ValueError(f"DeferredReweighting: expected criterion without class weights of its own, got {name}")
-        check_number("DeferredReweighting", "start", start, 0)
+        check.check_number("DeferredReweighting", "start", start, 0)
         self.start = start
         self.weights = effective_number_weights(class_counts, beta).cpu()
         self.criterion.put("reweight", self.weights)  # so that a wrong size is an error now and not at `start`
@@ -132,7 +133,7 @@ class Warmup(_Schedule):
     def __init__(self, criterion: CrossEntropyLoss, epochs: int) -> None:
         super().__init__(criterion)
         criterion, name = self.criterion, type(self.criterion).__name__
-        check_number("Warmup", "epochs", epochs, 1)
+        check.check_number("Warmup", "epochs", epochs, 1)
         if not criterion.own:
             raise ValueError(f"Warmup: expected criterion with an offset, a margin or weights of its own, got {name}")
         if criterion.ramped:  # its vectors would be taken for the full ones, which at epoch 0 are zeros
@@ -187,7 +188,7 @@ class ISDARamp(_Schedule):
         super().__init__(criterion)
         if not isinstance(self.criterion, ISDALoss):
             raise TypeError(f"ISDARamp: expected criterion as ISDALoss, got {type(self.criterion).__name__}")
-        check_number("ISDARamp", "epochs", epochs, 1)
+        check.check_number("ISDARamp", "epochs", epochs, 1)
         self.epochs = epochs
         self.full = float(self.criterion.strength)
         self._put()

@@ -51,6 +51,22 @@ def _stored_targets(dataset: Any) -> Any:
     return dataset if isinstance(dataset, Tensor | np.ndarray | list | tuple) else None
 
 
+def _label_tensor(function: str, stored: Any, num_classes: int | None) -> Tensor:
+    """Stored labels as (N,) int64 on the CPU, after checking them; None accepts any label >= 0."""
+    labels = torch.as_tensor(np.asarray(stored.cpu() if isinstance(stored, Tensor) else stored))
+    if labels.is_floating_point() and labels.numel() == 0:
+        labels = labels.long()  # an empty list
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"{function}: expected integer labels, got {labels.dtype}")
+    labels = labels.reshape(-1).long()
+    bad = ~_in_range(labels, num_classes)
+    if bool(bad.any()):
+        i = int(bad.nonzero()[0])
+        wanted = ">= 0" if num_classes is None else f"in [0, {num_classes})"
+        raise ValueError(f"{function}: expected labels {wanted}, got {int(labels[i])} at position {i}")
+    return labels
+
+
 def class_counts(dataset_or_targets: Any, num_classes: int) -> Tensor:
     """Number of samples of each class.
 
@@ -78,17 +94,7 @@ def class_counts(dataset_or_targets: Any, num_classes: int) -> Tensor:
         raise TypeError(
             f"class_counts: expected integer labels or a data set with .targets, .labels or .tensors, got {kind}{size}"
         )
-    labels = torch.as_tensor(np.asarray(targets.cpu() if isinstance(targets, Tensor) else targets))
-    if labels.is_floating_point() and labels.numel() == 0:
-        labels = labels.long()  # an empty list
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"class_counts: expected integer labels, got {labels.dtype}")
-    labels = labels.reshape(-1).long()
-    bad = (labels < 0) | (labels >= num_classes)
-    if bool(bad.any()):
-        i = int(bad.nonzero()[0])
-        raise ValueError(f"class_counts: expected labels in [0, {num_classes}), got {int(labels[i])} at position {i}")
-    return torch.bincount(labels, minlength=num_classes)
+    return torch.bincount(_label_tensor("class_counts", targets, num_classes), minlength=num_classes)
 
 
 def total_weight(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
-from classfair.data import ClassBalancedSampler
+from classfair.data import ClassBalancedSampler, UnpaddedDistributedSampler
 from classfair.training.config import TrainConfig
 from classfair.training.distributed import Processes
 
@@ -30,7 +30,6 @@ class Data:
     train_targets: Tensor  # (N,) int64
     num_val: int
     class_names: list[str]
-    mix: Callable[..., Any] | None = None  # MixUp or CutMix has made the targets MixedTarget
 
 
 class TensorBatches(Dataset[Any]):
@@ -124,20 +123,18 @@ def _deal(step: Tensor, parts: int, least: int) -> list[Tensor]:
 
 
 class EvaluationOrder(Sampler[Request]):
-    """Requests of one process that together cover every image exactly once; a process may have none.
-
-    Samplers that pad to equal numbers count the first images twice, which in a folder are all of one class.
-    """
+    """Requests of one process that together cover every image exactly once; a process may have none."""
 
     def __init__(self, num_images: int, batch_size: int, processes: Processes) -> None:
-        mine = torch.arange(num_images).tensor_split(processes.world)[processes.rank]
-        self._requests = [part.tolist() for part in mine.split(batch_size)] if len(mine) else []
+        world, rank = processes.world, processes.rank
+        mine = UnpaddedDistributedSampler(range(num_images), num_replicas=world, rank=rank)
+        self._batches = BatchSampler(mine, batch_size, drop_last=False)
 
     def __iter__(self) -> Iterator[Request]:
-        yield from ((0, indices) for indices in self._requests)
+        yield from ((0, indices) for indices in self._batches)
 
     def __len__(self) -> int:
-        return len(self._requests)
+        return len(self._batches)
 
 
 def loader(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 import classfair
+from classfair.priors import MIN_FREQUENCY
 from classfair.training.config import TrainConfig
 
 TERMS = {"nisda": ("variance",), "distance": ("distance",), "metalad": ("proportion", "variance", "distance")}
@@ -76,7 +77,7 @@ def build_lr_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig) -> 
 def read_effective_frequency(run: Path, seed: int, class_names: list[str]) -> Tensor:
     """(C,) effective frequency that the plain cross-entropy run of that seed measured on its validation images.
 
-    Clamped at 1e-3, because a class of which nothing was recognised still needs a finite weight.
+    Clamped, because a class of which nothing was recognised still needs a finite weight.
     """
     try:
         report = json.loads((run / "metrics.json").read_text())
@@ -92,4 +93,4 @@ def read_effective_frequency(run: Path, seed: int, class_names: list[str]) -> Te
     if names != class_names:
         raise ValueError(f"expected a run with the same classes in {run}, got others")
     frequency = torch.tensor([1.0 if value is None else value for value in values], dtype=torch.float64)
-    return frequency.clamp_min(1e-3)
+    return frequency.clamp_min(MIN_FREQUENCY)

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -46,7 +47,6 @@ class RunFolder:
         self.has_checkpoint = resume
         self._created: list[Path] = []
         self._written: list[Path] = []
-        self._board: Any = None
         try:
             self._created += [p for p in (path, *path.parents) if not p.exists()]  # deepest first
             path.mkdir(parents=True, exist_ok=True)
@@ -71,8 +71,8 @@ class RunFolder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._board is not None:
-            self._board.close()
+        if board := self.__dict__.get("_board"):
+            board.close()
         if kind is not None and not self.has_checkpoint:
             for path in self._written:
                 path.unlink(missing_ok=True)
@@ -139,16 +139,21 @@ class RunFolder:
         self._log_scalars(name, now)
 
     def _log_scalars(self, name: str, now: Epoch) -> None:
+        if self._board is not None:
+            for key, value in now.summary().items():
+                self._board.add_scalar(f"{name}/{key}", value, now.epoch)
+
+    @cached_property
+    def _board(self) -> Any:
+        """TensorBoard's writer, None where it is not installed: looked for at the first epoch, not at each."""
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            return
-        if self._board is None:
-            self._board = SummaryWriter(str(self.path / "tensorboard"))
-            self._written += (self.path / "tensorboard").iterdir()
-            self._created.insert(0, self.path / "tensorboard")
-        for key, value in now.summary().items():
-            self._board.add_scalar(f"{name}/{key}", value, now.epoch)
+            return None
+        board = SummaryWriter(str(self.path / "tensorboard"))
+        self._written += (self.path / "tensorboard").iterdir()
+        self._created.insert(0, self.path / "tensorboard")
+        return board
 
     def _place(self, name: str) -> Path:
         target = self.path / name
