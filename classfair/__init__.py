@@ -3,6 +3,14 @@
 from classfair import backends as _backends
 from classfair import data as data
 from classfair import nn as nn
+from classfair.fairness import (
+    GroupIoU,
+    binary_logits,
+    demographic_parity_loss,
+    equalized_odds_loss,
+    intersection_over_union,
+    iou_loss,
+)
 from classfair.feature_losses import ISDALoss, MetaLADLoss
 from classfair.functional import cross_entropy, cross_entropy_with_stats
 from classfair.losses import ClassBalancedLoss, CrossEntropyLoss, FocalLoss, LDAMLoss, LogitAdjustedLoss
@@ -17,7 +25,7 @@ from classfair.priors import (
     tau_normalize,
 )
 from classfair.schedules import DeferredReweighting, ISDARamp, Warmup
-from classfair.statistics import BatchStats, JointRows, effective_frequency
+from classfair.statistics import BatchStats, JointRows, PredictionBias, effective_frequency, prediction_bias
 from classfair.targets import MixedTarget, class_counts, total_weight
 
 __version__ = "0.1.0"
@@ -30,6 +38,7 @@ __all__ = [
     "CrossEntropyLoss",
     "DeferredReweighting",
     "FocalLoss",
+    "GroupIoU",
     "ISDALoss",
     "ISDARamp",
     "JointRows",
@@ -38,20 +47,27 @@ __all__ = [
     "MetaLADLoss",
     "MixedTarget",
     "PairTerms",
+    "PredictionBias",
     "Warmup",
+    "binary_logits",
     "class_counts",
     "class_moments",
     "cross_entropy",
     "cross_entropy_with_stats",
+    "demographic_parity_loss",
     "distance_margin",
     "effective_counts",
     "effective_frequency",
     "effective_number_weights",
+    "equalized_odds_loss",
+    "intersection_over_union",
+    "iou_loss",
     "ldam_margins",
     "logit_adjustment",
     "mean_class_distance",
     "pair_variance",
     "posthoc_logit_adjustment",
+    "prediction_bias",
     "tau_normalize",
     "total_weight",
 ]

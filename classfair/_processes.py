@@ -75,3 +75,40 @@ def merge_batches(
         class_moments_merge(batch, slot[p], count, mean, variance, backend=backend)
     nonfinite = torch.stack([batch.nonfinite for batch in batches]).sum()
     return SlotMoments(count, mean, variance, nonfinite), index.key_of_slot
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        value = value.contiguous().clone()
+        dist.all_reduce(value, group=group)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _Sum.apply(gradient, ctx.group), None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return _all_gather(value.contiguous(), group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _Sum.apply(gradient, ctx.group)[dist.get_rank(ctx.group)], None
+
+
+def sum_with_gradient(value: Tensor, group: Any) -> Tensor:
+    """Sum over processes. Its gradient is the sum of theirs: each of them has a loss of the whole."""
+    return _Sum.apply(value, group)
+
+
+def gather_with_gradient(rows: Tensor, key: Tensor, group: Any) -> tuple[Tensor, Tensor]:
+    """Rows (P, M, C) and their keys (P, M) of all processes; what fills up those of a smaller batch has key -1."""
+    most = agree_on_rows(rows, group, None)
+    keys = _all_gather(_padded(key, most, -1), group)
+    pad = rows.new_zeros(most - rows.shape[0], rows.shape[1])
+    return _Gather.apply(torch.cat([rows, pad]), group), keys

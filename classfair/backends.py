@@ -24,6 +24,7 @@ PRIMITIVES = {
     "label_index": "label_index",
     "class_moments": "class_moments",
     "pair_terms": "pair_terms_fwd",
+    "fairness": "dependence",
 }
 
 #: Why a module with kernels could not be imported, by module name.

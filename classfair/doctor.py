@@ -13,7 +13,15 @@ import torch
 
 import classfair
 from classfair import backends
-from classfair.ops import class_moments, class_moments_merge, label_index, pair_terms, softmax_loss
+from classfair.ops import (
+    class_moments,
+    class_moments_merge,
+    dependence,
+    iou_penalty,
+    label_index,
+    pair_terms,
+    softmax_loss,
+)
 
 _PACKAGES = ("torch", "numpy", "triton", "scikit-learn", "matplotlib", "rich", "tyro")
 
@@ -104,11 +112,29 @@ def _test_pair_terms(backend: str, device: str) -> None:
     _compare(compute, backend, device)
 
 
+def _test_fairness(backend: str, device: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    count = torch.randint(0, 5, (3, 17), generator=g)
+    share = torch.rand(3, 17, generator=g)
+
+    def compute(name: str, where: str, dtype: torch.dtype) -> list[torch.Tensor]:
+        counts = count.to(where)
+        hit = (share.to(where, dtype) * counts).requires_grad_()
+        mass = hit + 1
+        information = dependence(mass, counts, mutual_information=True, backend=name)
+        total = dependence(mass, counts, backend=name) + information + iou_penalty(mass, hit, counts, backend=name)
+        (gradient,) = torch.autograd.grad(total, hit)
+        return [t.cpu().double() for t in (total.detach(), gradient)]
+
+    _compare(compute, backend, device)
+
+
 _SELF_TESTS: dict[str, Callable[[str, str], None]] = {
     "softmax_loss": _test_softmax_loss,
     "label_index": _test_label_index,
     "class_moments": _test_class_moments,
     "pair_terms": _test_pair_terms,
+    "fairness": _test_fairness,
 }
 
 

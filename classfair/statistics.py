@@ -9,6 +9,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from classfair import _processes as processes
+from classfair import _validate as check
+from classfair.ops.label_index import label_index
+
 
 class JointRows(NamedTuple):
     """Sums of p(c|x) over the samples of each (label, group) cell of the batch."""
@@ -34,8 +38,9 @@ class BatchStats:
         prediction: ``(N,)`` or ``(N, d1, ...)`` int64, argmax of the logits, of every sample; empty in a sum.
         invalid: ``()`` int64, samples whose label or group is out of range (always 0 on the CPU: an error there).
         nonfinite: ``()`` int64, samples whose logits have no finite log-sum-exp.
-        joint: :class:`JointRows`, or None where not asked for and in a sum.
+        joint: :class:`JointRows`, or None where not asked for and in a sum of batches.
         confusion: ``(C, C)`` int64, rows true, columns predicted, or None.
+        synced: whether they are those of all processes already, as :meth:`all_reduce` makes them.
 
     A pytree of tensors: ``torch.utils._pytree`` maps over it, and compiled functions may return it.
 
@@ -58,6 +63,7 @@ class BatchStats:
     nonfinite: Tensor
     joint: JointRows | None = None
     confusion: Tensor | None = None
+    synced: bool = False
 
     def detach(self) -> "BatchStats":
         """The same values without gradient."""
@@ -71,23 +77,31 @@ class BatchStats:
             raise ValueError(
                 f"BatchStats: expected statistics of shape {tuple(self.mass.shape)}, got {tuple(other.mass.shape)}"
             )
+        if self.synced != other.synced:
+            raise ValueError("BatchStats: expected both of all processes or both of this one, got one of each")
         summed = {name: getattr(self, name) + getattr(other, name) for name in _SUMMED}
         both = self.confusion is not None and other.confusion is not None
         confusion = self.confusion + other.confusion if both else None  # type: ignore[operator]
-        return BatchStats(**summed, prediction=self.prediction.new_empty(0), confusion=confusion)
+        empty = self.prediction.new_empty(0)
+        return BatchStats(**summed, prediction=empty, confusion=confusion, synced=self.synced)
 
     def all_reduce(self, group: Any = None) -> "BatchStats":
-        """Sums over the processes of ``group`` (None: the default group), ``mass`` and ``hit`` with gradient.
+        """Statistics of all processes of ``group`` (None: the default group) together, with gradient.
 
-        The gradient of a sum is the sum of the gradients, so that DDP's averaging gives the gradient of one process
-        on the whole batch. Every process must call it; the number of collectives never depends on the data. Without
-        an initialised process group it returns the statistics unchanged.
+        Sums, and of ``joint`` the rows of all cells that any process has. The gradient of a sum is the sum of the
+        gradients, so that DDP's averaging gives the gradient of one process on the whole batch. Every process must
+        call it; the number of collectives never depends on the data. Without an initialised process group it returns
+        the statistics unchanged. ``prediction`` belongs to one process and is dropped.
         """
         if not (dist.is_available() and dist.is_initialized()):
             return self
-        summed = {name: _AllReduce.apply(getattr(self, name), group) for name in _SUMMED}
-        confusion = None if self.confusion is None else _AllReduce.apply(self.confusion, group)
-        return BatchStats(**summed, prediction=self.prediction.new_empty(0), confusion=confusion)
+        if self.synced:
+            raise ValueError("BatchStats.all_reduce: expected statistics of this process, got those of all")
+        summed = {name: processes.sum_with_gradient(getattr(self, name), group) for name in _SUMMED}
+        confusion = None if self.confusion is None else processes.sum_with_gradient(self.confusion, group)
+        joint = None if self.joint is None else _merge_joint(self.joint, self.mass, group)
+        empty = self.prediction.new_empty(0)
+        return BatchStats(**summed, prediction=empty, joint=joint, confusion=confusion, synced=True)
 
     def summary(self) -> dict[str, float]:
         """Scalars for a log; reads the device once (the one synchronisation of this class).
@@ -118,16 +132,30 @@ class BatchStats:
 
 
 _SUMMED = ("mass", "hit", "count", "correct", "predicted", "invalid", "nonfinite")
-_FIELDS = tuple(f.name for f in fields(BatchStats))
+_TENSORS = tuple(f.name for f in fields(BatchStats) if f.name != "synced")
 
 
-def _flatten(stats: BatchStats) -> tuple[list[Any], tuple[str, ...]]:
-    names = tuple(n for n in _FIELDS if getattr(stats, n) is not None)  # so that every leaf is a tensor
-    return [getattr(stats, n) for n in names], names
+def _flatten(stats: BatchStats) -> tuple[list[Any], tuple[bool, tuple[str, ...]]]:
+    names = tuple(n for n in _TENSORS if getattr(stats, n) is not None)  # so that every leaf is a tensor
+    return [getattr(stats, n) for n in names], (stats.synced, names)
 
 
-def _unflatten(values: Iterable[Any], names: tuple[str, ...]) -> BatchStats:
-    return BatchStats(**dict(zip(names, values, strict=True)))
+def _unflatten(values: Iterable[Any], context: tuple[bool, tuple[str, ...]]) -> BatchStats:
+    synced, names = context
+    return BatchStats(**dict(zip(names, values, strict=True)), synced=synced)
+
+
+def _merge_joint(joint: JointRows, mass: Tensor, group: Any) -> JointRows:
+    """Rows of every cell that any process has, ascending by cell."""
+    used = torch.arange(joint.cell.shape[0], device=joint.cell.device) < joint.num_cells
+    rows, cells = processes.gather_with_gradient(joint.rows, torch.where(used, joint.cell, -1), group)  # (P, M, ...)
+    index = label_index(cells.flatten(), mass.numel(), ignore_index=-1)
+    spare = index.key_of_slot.shape[0]  # where unused rows, which are zero, go
+    slot = torch.where(index.slot < 0, spare, index.slot).view_as(cells)
+    merged = rows.new_zeros(spare + 1, rows.shape[2])
+    for own, place in zip(rows, slot, strict=True):  # in rank order; the cells of a process are distinct
+        merged = merged.index_add(0, place, own)
+    return JointRows(merged[:spare], index.key_of_slot, index.num_slots)
 
 
 pytree.register_pytree_node(BatchStats, _flatten, _unflatten, serialized_type_name="classfair.BatchStats")
@@ -161,14 +189,56 @@ def effective_frequency(stats: BatchStats) -> Tensor:
     return stats.hit.sum(0) / stats.count.sum(0)
 
 
-class _AllReduce(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, group: Any) -> Tensor:
-        ctx.group = group
-        value = value.contiguous().clone()
-        dist.all_reduce(value, group=group)
-        return value
+class PredictionBias(NamedTuple):
+    """Probability that classes receive, ``(C,)`` or by group ``(G, C)``; see :func:`prediction_bias`.
 
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _AllReduce.apply(gradient, ctx.group), None
+    Example:
+        >>> _, stats = classfair.cross_entropy_with_stats(torch.zeros(1, 2), torch.tensor([0]))
+        >>> prediction_bias(stats).negative
+        tensor([0.0000, 0.5000])
+    """
+
+    negative: Tensor
+    positive: Tensor
+
+
+def prediction_bias(stats: BatchStats, *, normalize: str = "none", by_group: bool = False) -> PredictionBias:
+    r"""Probability mass that each class receives from samples of other classes, and from its own.
+
+    :math:`G_n(c) = \sum_{i: y_i \ne c} p(c|x_i)` and :math:`G_p(c) = \sum_{i: y_i = c} p(c|x_i)`. A class with much
+    negative mass takes others' samples. With a classifier bias, plain cross-entropy makes
+    :math:`G_n + G_p` the class counts of the training set at convergence (lemma 1).
+    Source: Cui et al. 2024, "Classes are not equal: an empirical study on image recognition fairness", section 3.2.
+
+    Args:
+        stats: with hard labels, of one batch or a sum of many.
+        normalize: ``"none"``; ``"sum"``: each of the two sums to 1 over the classes; ``"samples"``: divided by the
+            number of samples.
+        by_group: for each group, as for the easy, medium and hard classes' samples, instead of over all.
+
+    Returns:
+        :class:`PredictionBias` of the dtype of ``stats.mass``; NaN where it is divided by 0. Gradient: ``stats.mass``
+        and ``stats.hit``.
+
+    Raises:
+        TypeError, ValueError: stats that are no BatchStats; an unknown normalize.
+
+    Example:
+        >>> logits, target = torch.zeros(3, 2), torch.tensor([0, 0, 1])
+        >>> _, stats = classfair.cross_entropy_with_stats(logits, target)
+        >>> prediction_bias(stats)
+        PredictionBias(negative=tensor([0.5000, 1.0000]), positive=tensor([1.0000, 0.5000]))
+    """
+    if not isinstance(stats, BatchStats):
+        raise TypeError(f"prediction_bias: expected stats as BatchStats, got {type(stats).__name__}")
+    check.check_choice("prediction_bias", "normalize", normalize, ("none", "sum", "samples"))
+    mass, hit, count = stats.mass, stats.hit, stats.count
+    if not by_group:
+        mass, hit, count = mass.sum(0), hit.sum(0), count.sum(0)
+    negative, positive = (mass - hit).clamp_min(0), hit  # a difference of sums may round to less than nothing
+    if normalize == "sum":
+        return PredictionBias(negative / negative.sum(-1, keepdim=True), positive / positive.sum(-1, keepdim=True))
+    if normalize == "samples":
+        samples = count.sum(-1, keepdim=True)
+        return PredictionBias(negative / samples, positive / samples)
+    return PredictionBias(negative, positive)

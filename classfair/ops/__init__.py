@@ -1,6 +1,7 @@
 """The primitives: schema, fake kernel and autograd Function of one each."""
 
 from classfair.ops.class_moments import SlotMoments, class_moments, class_moments_merge
+from classfair.ops.fairness import dependence, iou_penalty
 from classfair.ops.label_index import LabelIndex, label_index
 from classfair.ops.pair_terms import PairTermRows, pair_terms
 from classfair.ops.softmax_loss import SoftmaxLoss, softmax_loss
@@ -12,6 +13,8 @@ __all__ = [
     "SoftmaxLoss",
     "class_moments",
     "class_moments_merge",
+    "dependence",
+    "iou_penalty",
     "label_index",
     "pair_terms",
     "softmax_loss",
