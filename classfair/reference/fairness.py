@@ -29,7 +29,8 @@ def dependence(
     n, first = _per_row(count, rows, cell, num_cells)
     total = torch.zeros_like(rows).index_add(0, first, rows)[first]  # (M, C), of the row's segment
     size = torch.zeros_like(n).index_add(0, first, n)[first]  # (M,)
-    there = (n > 0)[:, None]
+    groups = torch.zeros_like(n).index_add(0, first, (n > 0).to(n.dtype))[first]
+    there = ((n > 0) & (groups > 1))[:, None]  # a row alone in its segment has nothing to differ from: exactly 0
     n_, size_ = torch.where(there, n[:, None], 1), torch.where(there, size[:, None], 1)
     if mutual_information:
         # p(a,g) log(p(a,g) / (p(a) p(g))), with 0 log 0 = 0; a class of certain independence gives exactly 0.
