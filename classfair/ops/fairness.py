@@ -11,6 +11,7 @@ from torch import Tensor
 
 from classfair import backends, reference
 from classfair.ops import _library
+from classfair.ops._autograd import quick_apply
 
 
 def _dependence_fake(rows: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -98,6 +99,10 @@ class IoUPenaltyFunction(torch.autograd.Function):
         return *gradients, None, None, None, None
 
 
+_apply_dependence = quick_apply(DependenceFunction)
+_apply_iou_penalty = quick_apply(IoUPenaltyFunction)
+
+
 def _dependence_of(constant: Any, options: Any, rows: Tensor) -> Tensor:
     return reference.dependence(rows, *constant, *options)
 
@@ -133,7 +138,7 @@ def dependence(
     """
     if backend == "reference":
         return reference.dependence(rows, count, cell, num_cells, mutual_information, weighted)
-    return DependenceFunction.apply(rows, count, cell, num_cells, mutual_information, weighted, backend)[0]
+    return _apply_dependence(rows, count, cell, num_cells, mutual_information, weighted, backend)[0]
 
 
 def iou_penalty(
@@ -158,4 +163,4 @@ def iou_penalty(
     """
     if backend == "reference":
         return reference.iou_penalty(mass, hit, count, paired, skip)
-    return IoUPenaltyFunction.apply(mass, hit, count, paired, skip, backend)[0]
+    return _apply_iou_penalty(mass, hit, count, paired, skip, backend)[0]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from classfair import backends, reference
 from classfair.ops import _library
+from classfair.ops._autograd import quick_apply
 
 STATS_NONE, STATS_VALUES, STATS_DIFFERENTIABLE = 0, 1, 2
 
@@ -263,18 +264,7 @@ class SoftmaxLossBackward(torch.autograd.Function):
         return tuple(result)
 
 
-_direct_apply = super(torch.autograd.Function, SoftmaxLossFunction).apply
-
-
-def _apply(*arguments: Any) -> tuple[Tensor, ...]:
-    """``SoftmaxLossFunction.apply`` without its detour.
-
-    torch's Function.apply binds the arguments through ``inspect`` and looks for dead functorch wrappers on every call:
-    45 of 70 microseconds, of which neither matters outside of function transforms and the compiler.
-    """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return SoftmaxLossFunction.apply(*arguments)
-    return _direct_apply(*arguments)
+_apply = quick_apply(SoftmaxLossFunction)
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
