@@ -92,17 +92,40 @@ CLASSFAIR_INLINE void store(Half* p, FloatV v) {
 #endif
 }
 
-// The tail of a row: `count` elements, the rest filled or dropped.
+// The tail of a row: `count` elements, the rest filled or dropped. Through memory, because a vector indexed by a
+// variable goes there once for each element.
 template <class T, class A = acc_t<T>>
 CLASSFAIR_INLINE Vec<A> load_some(const T* p, int64_t count, A fill) {
-  Vec<A> v = splat(fill);
-  for (int64_t i = 0; i < count; ++i) v[i] = static_cast<A>(p[i]);
-  return v;
+  A lane[kLanes<A>];
+  for (int64_t i = 0; i < kLanes<A>; ++i) lane[i] = fill;
+  for (int64_t i = 0; i < count; ++i) lane[i] = static_cast<A>(p[i]);
+  return load(lane);
 }
 template <class T, class A = acc_t<T>>
 CLASSFAIR_INLINE void store_some(T* p, Vec<A> v, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) p[i] = static_cast<T>(v[i]);
+  A lane[kLanes<A>];
+  store(lane, v);
+  for (int64_t i = 0; i < count; ++i) p[i] = static_cast<T>(lane[i]);
 }
+#if CLASSFAIR_VECTOR_BYTES == 64
+CLASSFAIR_INLINE FloatV load_some(const float* p, int64_t count, float fill) {
+  return (FloatV)_mm512_mask_loadu_ps(_mm512_set1_ps(fill), static_cast<__mmask16>((1u << count) - 1), p);
+}
+CLASSFAIR_INLINE void store_some(float* p, FloatV v, int64_t count) {
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), (__m512)v);
+}
+#elif CLASSFAIR_VECTOR_BYTES == 32
+CLASSFAIR_INLINE __m256i first_lanes(int64_t count) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+CLASSFAIR_INLINE FloatV load_some(const float* p, int64_t count, float fill) {
+  const __m256i mask = first_lanes(count);
+  return (FloatV)_mm256_blendv_ps(_mm256_set1_ps(fill), _mm256_maskload_ps(p, mask), (__m256)mask);
+}
+CLASSFAIR_INLINE void store_some(float* p, FloatV v, int64_t count) {
+  _mm256_maskstore_ps(p, first_lanes(count), (__m256)v);
+}
+#endif
 
 // NaN in b survives, as in x86's max instructions.
 CLASSFAIR_INLINE FloatV max(FloatV a, FloatV b) {
@@ -152,14 +175,30 @@ CLASSFAIR_INLINE DoubleV log(DoubleV x) {
   return x;
 }
 
-// Lanes are combined in a fixed order.
+// Lanes are combined in a fixed order: halves with each other, down to one. reduce(a, b) takes vectors and scalars.
+template <class A, class Reduce>
+CLASSFAIR_INLINE A fold_lanes(Vec<A> v, Reduce reduce) {
+#if CLASSFAIR_VECTOR_BYTES >= 32
+  if constexpr (std::is_same_v<A, float>) {
+#if CLASSFAIR_VECTOR_BYTES == 64
+    const __m256 eight = reduce(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1));
+#else
+    const __m256 eight = (__m256)v;
+#endif
+    const __m128 four = reduce(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = reduce(four, _mm_movehl_ps(four, four));
+    return reduce(two, _mm_movehdup_ps(two))[0];
+  }
+#endif
+  A lane[kLanes<A>];
+  store(lane, v);
+  for (int64_t half = kLanes<A> / 2; half > 0; half /= 2)
+    for (int64_t i = 0; i < half; ++i) lane[i] = reduce(lane[i], lane[i + half]);
+  return lane[0];
+}
 template <class A>
 CLASSFAIR_INLINE A sum_lanes(Vec<A> v) {
-  A lane[kLanes<A>];
-  std::memcpy(lane, &v, sizeof(v));
-  for (int64_t half = kLanes<A> / 2; half > 0; half /= 2)
-    for (int64_t i = 0; i < half; ++i) lane[i] += lane[i + half];
-  return lane[0];
+  return fold_lanes<A>(v, [](auto a, auto b) { return a + b; });
 }
 // Of eight vectors at once, at a fifth of the cost; in an order of its own.
 template <class A>
@@ -183,9 +222,7 @@ CLASSFAIR_INLINE void sum_lanes(const FloatV* v, float* sums) {
 #endif
 template <class A>
 CLASSFAIR_INLINE A max_lanes(Vec<A> v) {
-  A best = v[0];
-  for (int64_t i = 1; i < kLanes<A>; ++i) best = v[i] > best ? v[i] : best;
-  return best;
+  return fold_lanes<A>(v, [](auto a, auto b) { return b > a ? b : a; });
 }
 
 }  // namespace CLASSFAIR_ISA

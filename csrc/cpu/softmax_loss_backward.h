@@ -16,29 +16,31 @@ struct RowGradient {
   A *sum_offset, *sum_pair;  // running sums of the perturbed part, null: not wanted
 };
 
-template <bool kTarget, bool kStatistics, bool kSum, class T, class A>
+// kPlain: nothing perturbs the logits, so that the softmax of the statistics, where there is one, is the loss's too.
+template <bool kTarget, bool kStatistics, bool kPlain, class T, class A>
 CLASSFAIR_INLINE void gradient_columns(const RowGradient<A>& g, const T* z, int64_t C, T* out) {
+  constexpr bool kShared = kStatistics && kPlain, kSum = !kPlain;
   const auto column = [&](Vec<A> x, Vec<A> t) {
-    const Vec<A> v = g.scale * exp((x - g.high) - g.low);
+    const Vec<A> v = g.scale * (kShared ? x : exp((x - g.high) - g.low));
     return kTarget ? v - g.target_scale * t : v;
   };
   const auto statistics = [&](Vec<A> p, Vec<A> r) { return p * (r - g.dot); };
   for_columns<A>(
       C,
       [&](int64_t c) {
-        Vec<A> x = load(z + c);
-        if (g.offset) x += load(g.offset + c);
-        if (g.pair) x += load(g.pair + c);
+        Vec<A> x = kShared ? load(g.p + c) : load(z + c);
+        if (!kPlain && g.offset) x += load(g.offset + c);
+        if (!kPlain && g.pair) x += load(g.pair + c);
         Vec<A> v = column(x, kTarget ? load(g.target + c) : x);
         if (kSum && g.sum_offset) store(g.sum_offset + c, load(g.sum_offset + c) + v);
         if (kSum && g.sum_pair) store(g.sum_pair + c, load(g.sum_pair + c) + v);
-        if (kStatistics) v += statistics(load(g.p + c), g.mass ? load(g.mass + c) : Vec<A>{});
+        if (kStatistics) v += statistics(kShared ? x : load(g.p + c), g.mass ? load(g.mass + c) : Vec<A>{});
         store(out + c, v);
       },
       [&](int64_t c, int64_t n) {
-        Vec<A> x = load_some(z + c, n, A(0));
-        if (g.offset) x += load_some(g.offset + c, n, A(0));
-        if (g.pair) x += load_some(g.pair + c, n, A(0));
+        Vec<A> x = kShared ? load_some(g.p + c, n, A(0)) : load_some(z + c, n, A(0));
+        if (!kPlain && g.offset) x += load_some(g.offset + c, n, A(0));
+        if (!kPlain && g.pair) x += load_some(g.pair + c, n, A(0));
         Vec<A> v = column(x, kTarget ? load_some(g.target + c, n, A(0)) : x);
         for (int64_t i = 0; i < n; ++i) {
           if (kSum && g.sum_offset) g.sum_offset[c + i] += v[i];
@@ -172,9 +174,9 @@ void backward_row(const Backward<T>& b, int64_t i, const Row<A>& row, const T* z
     if (sum_pair) s.sum_pair = sum_pair[s.y];
   }
 
-  const bool sums = sum_offset != nullptr || sum_pair != nullptr;
+  const bool plain = !in.perturbed();
   const auto run = [&](auto target_row, auto statistics_row) {
-    if (sums)
+    if (plain)
       gradient_columns<decltype(target_row)::value, decltype(statistics_row)::value, true>(g, z, in.C, out);
     else
       gradient_columns<decltype(target_row)::value, decltype(statistics_row)::value, false>(g, z, in.C, out);
