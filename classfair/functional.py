@@ -428,18 +428,20 @@ def _check_statistics(
 
 
 def _batch_stats(out: SoftmaxLoss, groups: int, problem: _Problem) -> BatchStats:
-    cells = groups * problem.logits.shape[1]
-    *tables, invalid, nonfinite = _given(out.counts).split_with_sizes([cells, cells, cells, 1, 1])
-    count, correct, predicted = (t.view(groups, -1) for t in tables)
+    cells = 3 * groups * problem.logits.shape[1]
+    tables, rows = _given(out.counts).split_with_sizes([cells, 2])  # few views: each costs as much as a small kernel
+    count, correct, predicted = tables.view(3, groups, -1).unbind()
+    invalid, nonfinite = rows.unbind()
+    prediction = _given(out.prediction)
     return BatchStats(
         mass=_given(out.mass),
         hit=_given(out.hit),
         count=count,
         correct=correct,
         predicted=predicted,
-        prediction=_given(out.prediction).view(problem.rows_shape),
-        invalid=invalid.view(()),
-        nonfinite=nonfinite.view(()),
+        prediction=prediction if len(problem.rows_shape) == 1 else prediction.view(problem.rows_shape),
+        invalid=invalid,
+        nonfinite=nonfinite,
     )
 
 

@@ -65,30 +65,39 @@ struct Partition {
       if (m == 0 || label != key[m - 1] / G) segments.push_back({m, 0});
       ++segments.back().rows;
     }
+    if (used < M) segments.push_back({used, M - used});  // unused rows: no samples
   }
 };
 
+// Writes the part of the segment's first row, and the gradients of all of its rows.
 template <class A>
 void segment_penalty(const Partition& part, const Segment& segment, int64_t C, const A* rows, bool mutual_information,
-                     bool weighted, A* value, A* grads) {
+                     bool weighted, A* parts, A* grads) {
   std::vector<const A*> from;
   std::vector<A*> to;
   std::vector<A> samples;
   int64_t size = 0;
-  for (int64_t m = segment.first; m < segment.first + segment.rows; ++m) {
-    if (part.samples[m] == 0) continue;
+  const int64_t end = segment.first + segment.rows;
+  const bool alone = std::count_if(part.samples.begin() + segment.first, part.samples.begin() + end,
+                                   [](int64_t n) { return n > 0; }) < 2;
+  std::fill(parts + segment.first, parts + end, A(0));
+  for (int64_t m = segment.first; m < end; ++m) {
+    if (alone || part.samples[m] == 0) {  // nothing to differ from: exactly 0
+      std::fill(grads + m * C, grads + (m + 1) * C, A(0));
+      continue;
+    }
     from.push_back(rows + m * C);
     to.push_back(grads + m * C);
     samples.push_back(static_cast<A>(part.samples[m]));
     size += part.samples[m];
   }
-  if (from.size() < 2) return;  // nothing to differ from; the gradient is 0 already
+  if (alone) return;
   const A weight = weighted ? static_cast<A>(size) / static_cast<A>(std::max<int64_t>(part.total, 1)) : A(1);
   const PenaltyKernels<A> kernels = penalty_kernels<A>();
   const auto kernel = mutual_information ? kernels.mutual_information : kernels.squared_differences;
   for (int64_t begin = 0; begin < C; begin += kPenaltyColumns)
-    *value += kernel({from.data(), to.data(), samples.data(), static_cast<int64_t>(from.size()), static_cast<A>(size),
-                      weight, begin, std::min(begin + kPenaltyColumns, C)});
+    parts[segment.first] += kernel({from.data(), to.data(), samples.data(), static_cast<int64_t>(from.size()),
+                                    static_cast<A>(size), weight, begin, std::min(begin + kPenaltyColumns, C)});
 }
 
 std::tuple<Tensor, Tensor> dependence_cpu(Tensor rows, Tensor count, OptionalTensor cell, OptionalTensor num_cells,
@@ -99,14 +108,10 @@ std::tuple<Tensor, Tensor> dependence_cpu(Tensor rows, Tensor count, OptionalTen
   const Partition part(M, count, cell, num_cells);
   dispatch_accumulate(rows, [&](auto tag) {
     using A = decltype(tag);
-    A *value = data<A>(parts), *grads = data<A>(grad_rows);
-    std::fill(value, value + M, A(0));
-    // Rows that nothing is to be compared with, most of them where classes are many, keep a gradient of 0.
-    parallel_for(0, M, 64, [&](int64_t begin, int64_t end) { std::fill(grads + begin * C, grads + end * C, A(0)); });
     parallel_for(0, static_cast<int64_t>(part.segments.size()), 1, [&](int64_t begin, int64_t end) {
       for (int64_t s = begin; s < end; ++s) {
-        const Segment& segment = part.segments[s];
-        segment_penalty(part, segment, C, data<A>(rows), mutual_information, weighted, value + segment.first, grads);
+        segment_penalty(part, part.segments[s], C, data<A>(rows), mutual_information, weighted, data<A>(parts),
+                        data<A>(grad_rows));
       }
     });
   });

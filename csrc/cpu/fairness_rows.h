@@ -39,11 +39,10 @@ A squared_differences(const DependenceBlock<A>& b) {
       const Vec<A> d = take(b.rows[k] + c, n) / b.samples[k] - mean;
       value += d * d;
       sum += d;
+      put(b.grads[k] + c, d, n);
     }
-    for (int64_t k = 0; k < b.K; ++k) {
-      const Vec<A> d = take(b.rows[k] + c, n) / b.samples[k] - mean;
-      put(b.grads[k] + c, b.weight * (d * (A(2) / b.samples[k]) - share * sum), n);
-    }
+    for (int64_t k = 0; k < b.K; ++k)
+      put(b.grads[k] + c, b.weight * (take(b.grads[k] + c, n) * (A(2) / b.samples[k]) - share * sum), n);
   });
   return b.weight * sum_lanes<A>(value);
 }

@@ -165,18 +165,6 @@ void count_rows(const Forward<T>& f, acc_t<T>* hit, int64_t* counts) {
   }
 }
 
-template <class T>
-void fill_joint(Forward<T>& f) {
-  std::vector<int64_t> start;
-  const auto order = sort_rows(f.in.rows, f.in.cells, &start, [&](int64_t i) { return resolve(f.in, i).cell; });
-  f.in.order = order.data();
-  f.cell_start = start.data();
-  const RowKernels<T> kernels = row_kernels<T>();
-  parallel_for(0, f.in.cells, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t cell = begin; cell < end; ++cell) kernels.joint_cell(f, cell);
-  });
-}
-
 using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <class T>
@@ -211,6 +199,10 @@ ForwardResult forward(const Arguments& a) {
   f.chunk_weight = chunk_weight.data();
   f.chunk_bad = chunk_bad.data();
   f.joint = data<A>(joint_rows);
+  std::vector<int64_t> cell_start, cell_order;
+  if (joint) cell_order = sort_rows(rows, in.cells, &cell_start, [&](int64_t i) { return resolve(in, i).cell; });
+  f.cell_order = cell_order.data();
+  f.cell_start = cell_start.data();
 
   const A weights = weight_sum(in);
   const RowKernels<T> kernels = row_kernels<T>();
@@ -225,7 +217,9 @@ ForwardResult forward(const Arguments& a) {
     sum_chunks(partial.data(), in.chunks(), GC, data<A>(mass));
     count_rows(f, data<A>(hit), data<int64_t>(counts));
   }
-  if (joint) fill_joint(f);
+  parallel_for(0, joint ? in.cells : 0, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t cell = begin; cell < end; ++cell) kernels.joint_cell(f, cell);
+  });
   return {loss, lse, lse_raw, prediction, mass, hit, joint_rows, counts, total_weight};
 }
 

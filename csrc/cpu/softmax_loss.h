@@ -72,8 +72,11 @@ struct Forward {
   RowStatistics<A>* row_statistics;  // (rows,) or null
   double* chunk_weight;              // (chunks,)
   int64_t* chunk_bad;                // (chunks,) first row with a bad label or group, or -1
-  A* joint;                          // (cells, C) or null, filled by a second pass
-  const int64_t* cell_start;         // (cells + 1,) into in.order
+  A* joint;                          // (cells, C) or null
+  const int64_t* cell_order;         // (rows,) sorted by cell
+  const int64_t* cell_start;         // (cells + 1,) into cell_order
+
+  int64_t cell_rows(int64_t cell) const { return cell_start[cell + 1] - cell_start[cell]; }
 };
 
 template <class T>

@@ -72,6 +72,18 @@ A raw_softmax(const T* z, int64_t C, double lse, const A* mass, A* p) {
   return sum_lanes<A>(dot);
 }
 
+template <class A>
+bool all_zero(const A* x, int64_t C) {
+  Vec<A> largest = {};
+  for_columns<A>(
+      C, [&](int64_t c) { largest = max(largest, max(load(x + c), -load(x + c))); },
+      [&](int64_t c, int64_t n) {
+        const Vec<A> v = load_some(x + c, n, A(0));
+        largest = max(largest, max(v, -v));
+      });
+  return max_lanes<A>(largest) == A(0);
+}
+
 // Working rows of one chunk's backward.
 template <class A>
 struct BackwardBuffers {
@@ -89,9 +101,15 @@ bool statistics_gradient(const Backward<T>& b, const Row<A>& row, int64_t i, con
   g->mass = b.grad_mass ? b.grad_mass + row.group * in.C : nullptr;
   if (b.grad_joint && row.cell >= 0) {
     const A* joint = b.grad_joint + row.cell * in.C;
-    for (int64_t c = 0; c < in.C; ++c) buffers.mass[c] = joint[c] + (g->mass ? g->mass[c] : A(0));
-    g->mass = buffers.mass;
+    if (g->mass) {
+      for (int64_t c = 0; c < in.C; ++c) buffers.mass[c] = joint[c] + g->mass[c];
+      g->mass = buffers.mass;
+    } else {
+      g->mass = joint;
+    }
   }
+  // Most cells of many classes: equalized odds has nothing to compare them with. A softmax is dearer than a look.
+  if (!b.grad_mass && !b.grad_hit && (!g->mass || all_zero(g->mass, in.C))) return false;
   g->dot = raw_softmax(z, in.C, b.lse_raw[i], g->mass, buffers.p);
   g->p = buffers.p;
   if (b.grad_hit) {

@@ -102,6 +102,12 @@ void forward_row(const Forward<T>& f, int64_t i, const Row<A>& row, const T* z, 
   s.p_b = row.b >= 0 ? e[row.b] * scale : A(0);
   if (in.soft.data) s.p_a = e[row.label] * scale;
   accumulate(e, scale, in.C, mass + row.group * in.C);
+  if (f.joint && row.cell >= 0 && f.cell_rows(row.cell) == 1) {  // its softmax is at hand; other cells have a pass
+    A* own = f.joint + row.cell * in.C;
+    for_columns<A>(
+        in.C, [&](int64_t c) { store(own + c, load(e + c) * scale); },
+        [&](int64_t c, int64_t n) { store_some(own + c, load_some(e + c, n, A(0)) * scale, n); });
+  }
 }
 
 // A row that is not in the loss: only its prediction is given.
@@ -151,27 +157,35 @@ void forward_chunk(const Forward<T>& f, int64_t chunk, acc_t<T> weight_sum) {
   f.chunk_weight[chunk] = weight;
 }
 
-// joint[cell] = sum of p over the rows of a cell; rows of a cell are neighbours in in.order.
+// joint[cell] = sum of p over the rows of a cell; rows of a cell are neighbours in cell_order.
 template <class T>
 void joint_cell(const Forward<T>& f, int64_t cell) {
   using A = acc_t<T>;
   const Inputs<T>& in = f.in;
   A* sum = f.joint + cell * in.C;
-  A* e = scratch<A>((2 + kTile) * in.C);
-  std::fill(sum, sum + in.C, A(0));
   const TileReader<T> logits{in.logits, in.C, in.logits.contiguous() ? nullptr : scratch_tile<T>(kTile * in.C)};
+  bool empty = true;
+  if (f.cell_rows(cell) == 1 && f.row_statistics[f.cell_order[f.cell_start[cell]]].counted) return;  // done
   for (int64_t position = f.cell_start[cell]; position < f.cell_start[cell + 1]; ++position) {
-    const int64_t i = in.visited(position);
+    const int64_t i = f.cell_order[position];
     if (!f.row_statistics[i].counted) continue;
     logits.prepare(&i, 1);
     const double lse = f.lse_raw ? f.lse_raw[i] : f.lse[i];
     const A high = static_cast<A>(lse), low = static_cast<A>(lse - high);
     const T* z = logits.row(i, 0);
     for_columns<A>(
-        in.C, [&](int64_t c) { store(e + c, exp((load(z + c) - high) - low)); },
-        [&](int64_t c, int64_t n) { store_some(e + c, exp((load_some(z + c, n, A(0)) - high) - low), n); });
-    accumulate(e, A(1), in.C, sum);
+        in.C,
+        [&](int64_t c) {
+          const Vec<A> p = exp((load(z + c) - high) - low);
+          store(sum + c, empty ? p : load(sum + c) + p);
+        },
+        [&](int64_t c, int64_t n) {
+          const Vec<A> p = exp((load_some(z + c, n, A(0)) - high) - low);
+          store_some(sum + c, empty ? p : load_some(sum + c, n, A(0)) + p, n);
+        });
+    empty = false;
   }
+  if (empty) std::fill(sum, sum + in.C, A(0));
 }
 
 }  // namespace CLASSFAIR_ISA
