@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <memory>
 #include <numeric>
 #include <stdexcept>
 #include <string>
@@ -186,7 +187,7 @@ ForwardResult forward(const Arguments& a) {
   Tensor counts = zeros<1>(a.logits, {stats ? 3 * GC + 2 : 0}, ScalarType::Long);
   Tensor total_weight = allocate<0>(a.logits, {}, acc);
 
-  std::vector<A> partial(stats ? in.chunks() * GC : 0);
+  const std::unique_ptr<A[]> partial(new A[stats ? in.chunks() * GC : 0]);  // not zeroed: the chunks do that
   std::vector<RowStatistics<A>> row_statistics(stats ? rows : 0);
   std::vector<double> chunk_weight(in.chunks());
   std::vector<int64_t> chunk_bad(in.chunks());
@@ -194,7 +195,7 @@ ForwardResult forward(const Arguments& a) {
   f.lse = data<double>(lse);
   f.lse_raw = data<double>(lse_raw);
   f.prediction = data<int64_t>(prediction);
-  f.partial_mass = stats ? partial.data() : nullptr;
+  f.partial_mass = stats ? partial.get() : nullptr;
   f.row_statistics = row_statistics.data();
   f.chunk_weight = chunk_weight.data();
   f.chunk_bad = chunk_bad.data();
@@ -214,7 +215,7 @@ ForwardResult forward(const Arguments& a) {
   *static_cast<A*>(total_weight.data_ptr()) =
       static_cast<A>(std::accumulate(chunk_weight.begin(), chunk_weight.end(), 0.0));
   if (stats) {
-    sum_chunks(partial.data(), in.chunks(), GC, data<A>(mass));
+    sum_chunks(partial.get(), in.chunks(), GC, data<A>(mass));
     count_rows(f, data<A>(hit), data<int64_t>(counts));
   }
   parallel_for(0, joint ? in.cells : 0, 1, [&](int64_t begin, int64_t end) {
