@@ -91,19 +91,13 @@ class Run:
         self.scaler = torch.amp.GradScaler(device.type, enabled=scaled)
         self.counts = counts
         self.group_names = [] if data.groups is None else data.groups.names
+        # One more for images without a group, where there are any.
+        self.num_groups = 0 if data.groups is None else len(self.group_names) + data.groups.incomplete
         self.epoch = 0  # epochs done
         self.train_loss: list[float] = []
         self.train: Totals | None = None
         self.val: Totals | None = None
         self.net = self._parallel()
-
-    @property
-    def _num_groups(self) -> int:
-        """With one more for images without a group where there are any; 0 without groups."""
-        groups = self.data.groups
-        if groups is None:
-            return 0
-        return len(groups.names) + any(bool((part == NO_GROUP).any()) for part in (groups.train, groups.val))
 
     def _parallel(self) -> nn.Module:
         """What the training step calls: the model, its gradients averaged over all processes."""
@@ -135,7 +129,7 @@ class Run:
         return self._merged(totals, "training")
 
     def _totals(self, *, joint: bool) -> Totals:
-        return Totals(len(self.data.class_names), self.device, self._num_groups, joint=joint)
+        return Totals(len(self.data.class_names), self.device, self.num_groups, joint=joint)
 
     def _step(self, window: list[Batch], totals: Totals) -> None:
         """One optimiser step: the mean loss over all images of all forward passes and processes.
@@ -168,7 +162,7 @@ class Run:
         self, net: nn.Module, images: Tensor, target: Any, group: Tensor | None, **options: Any
     ) -> tuple[Tensor, classfair.BatchStats]:
         if group is not None:
-            options |= {"group": group, "num_groups": self._num_groups}
+            options |= {"group": group, "num_groups": self.num_groups}
         with self._autocast():
             output = net(images.to(self.device, non_blocking=True))
         if not isinstance(self.criterion, FeatureLoss):

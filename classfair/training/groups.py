@@ -23,6 +23,11 @@ class Groups:
     train: Tensor  # (N,) int64
     val: Tensor  # (M,) int64
 
+    @property
+    def incomplete(self) -> bool:
+        """Whether an image has no group."""
+        return any(bool((part == NO_GROUP).any()) for part in (self.train, self.val))
+
 
 def read_groups(file: Path, column: str, root: Path, train: list[str], val: list[str]) -> Groups:
     """The groups of images by their paths: the distinct values of the column, sorted; ValueError about what is wrong.
