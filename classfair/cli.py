@@ -64,6 +64,10 @@ HEADINGS = {
     "all": "all",
     "geometric_mean": "geo. mean",
     "worst_class": "worst",
+    "worst_group": "worst group",
+    "demographic_parity": "DP difference",
+    "equalized_odds": "EO difference",
+    "iou_sd": "sd of IoU",
 }
 
 
@@ -245,7 +249,10 @@ def _parse(argv: Sequence[str]) -> Any:
     from classfair import training
 
     resume = _value_of("--resume", argv)
-    defaults = training.saved_config(Path(resume)) if resume else training.defaults(_value_of("--data", argv))
+    data = _value_of("--data", argv)
+    if not data and _value_of("--fairness", argv) not in ("", "none"):
+        data = "digits-groups"
+    defaults = training.saved_config(Path(resume)) if resume else training.defaults(data)
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
@@ -327,8 +334,9 @@ def _print_results(results: list[RunResult], config: TrainConfig, path: Path, *,
         print(json.dumps(training.json_ready(summary), indent=2, allow_nan=False))
         return
     spread = f"mean ± sd over {config.seeds} seeds" if config.seeds > 1 else "1 seed"
+    part = "Validation" if config.image_folder else "Test"
     table = Table(
-        title=f"{'Test' if config.data == 'digits' else 'Validation'} accuracy in %, {spread}",
+        title=f"{part} accuracy in %, {spread}",
         caption=f"{', '.join(f'{loss}: {NAMES[loss]}' for loss in config.loss)}. many: classes with more than "
         f"{config.many_shot} training images, few: fewer than {config.few_shot}. "
         "all: mean of all classes.",
@@ -341,7 +349,29 @@ def _print_results(results: list[RunResult], config: TrainConfig, path: Path, *,
         table.add_row(loss, *(_cell(**summary[loss][column]) for column in training.COLUMNS))
     console = Console()
     console.print(table)
+    if results[0].groups:
+        console.print(_group_table(results, summary, f"{part} images by group in %, {spread}"))
     console.print(f"Run folder: {path}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _group_table(results: list[RunResult], summary: dict[str, Any], title: str) -> Any:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from classfair import training
+
+    table = Table(
+        title=title,
+        caption=f"Groups: {', '.join(results[0].groups)}. Differences are the largest between two groups: DP in how "
+        "often a class is predicted, EO in its true or false positives.",
+        box=SIMPLE_HEAD,
+    )
+    table.add_column("loss")
+    for column in training.GROUP_COLUMNS:
+        table.add_column(HEADINGS[column], justify="right", no_wrap=True)
+    for loss, columns in summary.items():
+        table.add_row(loss, *(_cell(**columns[column]) for column in training.GROUP_COLUMNS))
+    return table
 
 
 def _cell(mean: float, sd: float) -> str:

@@ -163,8 +163,8 @@ def test_model_has_the_initial_distribution_of_linear():
             {"loss": ("ce", "mse")},
             "expected loss to be one or several of ce, la, ldam, cb, focal, isda, nisda, distance, metalad, got ce mse",
         ),
-        ({"data": "mnist"}, "expected data to be digits or imagefolder:DIR, got mnist"),
-        ({"data": "imagefolder:"}, "expected data to be digits or imagefolder:DIR, got imagefolder:"),
+        ({"data": "mnist"}, "expected data to be digits, digits-groups or imagefolder:DIR, got mnist"),
+        ({"data": "imagefolder:"}, "expected data to be digits, digits-groups or imagefolder:DIR, got imagefolder:"),
         ({"opt": "lion"}, "expected opt to be sgd or adamw, got lion"),
         ({"beta": 1.0}, "expected beta from 0 up to but excluding 1, got 1.0"),
         ({"scale": (0.5, 0.1)}, "expected scale as two ascending shares of 1, got 0.5 0.1"),
@@ -172,6 +172,22 @@ def test_model_has_the_initial_distribution_of_linear():
         ({"drw_start": 150}, r"expected drw_start below epochs \(150\), got 150"),
         ({"drw_start": 1, "loss": ("cb",)}, "expected drw_start without cb, which has class weights of its own, got 1"),
         ({"loss_warmup": 1}, r"expected loss_warmup with losses that have something to ramp \(la, ldam, cb\), got 1"),
+        ({"fairness": "dp"}, "expected fairness to be none, dp-l2, dp-mi, eo-l2, eo-mi or iou, got dp"),
+        (
+            {"fairness": "iou"},
+            "expected fairness with groups: data digits-groups, or groups and group_column, got iou",
+        ),
+        ({"fairness_weight": -1.0}, "expected fairness_weight of at least 0, got -1.0"),
+        ({"groups": "/g.csv", "group_column": "a"}, "expected groups to be left out with digits, got /g.csv"),
+        ({"group_column": "a"}, "expected group_column together with groups, a CSV file, got a"),
+        (
+            {"data": "imagefolder:x", "model": "resnet50", "groups": "/g.csv"},
+            "expected group_column together with groups, a CSV file, got nothing",
+        ),
+        (
+            {"data": "imagefolder:x", "model": "resnet50", "groups": "/g.csv", "group_column": "a", "mixup": 0.2},
+            "expected mixup to be left out with groups, got 0.2",
+        ),
         ({"model": "resnet50"}, "expected model to be mlp for digits, and another one for image folders, got resnet50"),
     ],
 )

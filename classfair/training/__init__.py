@@ -13,6 +13,7 @@ from classfair.training import interruption
 from classfair.training.config import CHANGEABLE, TrainConfig, defaults
 from classfair.training.distributed import SINGLE, Processes, joined
 from classfair.training.engine import DeviceUnavailableError, resolve_device, run_all
+from classfair.training.fairness import GROUP_COLUMNS
 from classfair.training.image_folder import BadImageError
 from classfair.training.models import MissingPackageError
 from classfair.training.report import CONFIG_VERSION, resolved_config, write_report
@@ -21,6 +22,7 @@ from classfair.training.totals import COLUMNS, Epoch, RunResult, summarise
 
 __all__ = [
     "COLUMNS",
+    "GROUP_COLUMNS",
     "BadImageError",
     "CheckpointError",
     "DeviceUnavailableError",
@@ -95,6 +97,10 @@ def check_resumable(config: TrainConfig, saved: dict[str, Any], world: int) -> N
             raise CheckpointError(f"expected {name} {value} as in the run folder, got {new}")
     old_step = saved["processes"] * saved["batch_size"] * saved["grad_accum"]
     new_step = world * config.batch_size * config.grad_accum
+    if config.fairness != "none" and config.grad_accum != saved["grad_accum"]:
+        raise CheckpointError(
+            f"expected grad_accum {saved['grad_accum']}: a penalty is of the images of a pass, got {config.grad_accum}"
+        )
     if old_step != new_step:
         raise CheckpointError(
             f"expected processes * batch_size * grad_accum to stay {old_step}, the images of a step, got {new_step}"

@@ -18,16 +18,19 @@ SAMPLERS = ("shuffle", "class-balanced")
 AUGMENTS = ("none", "ra", "ta_wide", "augmix", "imagenet")
 AMP_DTYPES = ("bfloat16", "float16")
 BAD_IMAGES = ("error", "skip")
+FAIRNESS = ("none", "dp-l2", "dp-mi", "eo-l2", "eo-mi", "iou")
+DIGITS = ("digits", "digits-groups")
 IMAGE_FOLDER = "imagefolder:"
 
 #: What may differ when a job goes on: where things are, and how a step is computed (with batch norm, by which parts).
-PLACES = ("data", "val_dir", "weights", "effective_frequency")
+PLACES = ("data", "val_dir", "groups", "weights", "effective_frequency")
 CHANGEABLE = (*PLACES, "batch_size", "grad_accum", "val_batch_size", "workers", "device", "compile", "save_every")
 
 
-def _option(default: Any, text: str, *, images: Any = None, **cli: Any) -> Any:
-    """A field that carries its own help text for the command line, and its default for image folders if different."""
-    metadata = {"help": text, "images": default if images is None else images, "cli": cli}
+def _option(default: Any, text: str, *, images: Any = None, groups: Any = None, **cli: Any) -> Any:
+    """A field with its help text for the command line, and its defaults for other data sets where they differ."""
+    metadata = {"help": text, "cli": cli, "default": default}
+    metadata |= {"images": default if images is None else images, "groups": default if groups is None else groups}
     return field(default=default, metadata=metadata)
 
 
@@ -38,12 +41,23 @@ class TrainConfig:
     data: str = _option(
         "digits",
         "Data set: digits, the 8x8 pixel handwritten digits that come with scikit-learn, made "
-        "long-tailed, with half of them as the balanced test set; or imagefolder:DIR, with one folder of images per "
-        "class in DIR, or in DIR/train and DIR/val.",
-        metavar="{digits,imagefolder:DIR}",
+        "long-tailed, with half of them as the balanced test set; digits-groups, the same digits sharp or coarse, "
+        "which in training depends on the digit (the default with --fairness); or imagefolder:DIR, with one folder of "
+        "images per class in DIR, or in DIR/train and DIR/val.",
+        groups="digits-groups",
+        metavar="{digits,digits-groups,imagefolder:DIR}",
     )
     val_dir: str = _option("", "Folder of validation images, one folder per class of the same names.", metavar="DIR")
     split: float = _option(0.0, "Share of every class's images to hold out for validation, instead of --val-dir.")
+    groups: str = _option(
+        "",
+        "Table of attributes of the images: a CSV file with a header. Its column file, or image, or else the first one "
+        "has their paths from the folder of --data, such as train/cat/1.jpg.",
+        metavar="FILE.csv",
+    )
+    group_column: str = _option(
+        "", "Column of --groups whose values are the groups; blank: of none, in no statistic.", metavar="NAME"
+    )
     model: str = _option(
         "mlp",
         "mlp for digits; for image folders a model of torchvision or else timm by name, or timm:NAME.",
@@ -62,6 +76,7 @@ class TrainConfig:
         "aware margins on a cosine head, cb class-balanced weights, focal the focal loss; from class statistics "
         "of features: isda, nisda, distance, and metalad, the sum of la, nisda and distance.",
         images=("ce",),
+        groups=("ce",),
         metavar="{ce,la,ldam,cb,focal,isda,nisda,distance,metalad} ...",
     )
     tau: float = _option(1.0, "Strength of logit adjustment, no unit; 0 is plain cross-entropy. Only la uses it.")
@@ -76,6 +91,15 @@ class TrainConfig:
         (1.0, 1.0, 1.0),
         "Weights of class proportion, class variance and class distance in metalad, nisda and distance.",
     )
+    fairness: str = _option(
+        "none",
+        "Penalty for treating groups differently, added to every loss: demographic parity (dp) or equalized odds (eo), "
+        "as squared differences (l2) or mutual information (mi), or the difference of intersection over union.",
+        metavar="{none,dp-l2,dp-mi,eo-l2,eo-mi,iou}",
+    )
+    fairness_weight: float = _option(
+        10.0, "Weight of the penalty, at least 0; the papers' range is 0.1 to 1000. Only --fairness uses it."
+    )
     label_smoothing: float = _option(0.0, "Share of the target spread over all classes.", aliases=("--smoothing",))
     drw_start: int = _option(0, "Epoch from which classes are re-weighted as in cb; 0: never.")
     loss_warmup: int = _option(0, "Epochs over which the loss turns from plain cross-entropy into itself.")
@@ -86,8 +110,8 @@ class TrainConfig:
         metavar="RUN",
     )
     sampler: str = _option("shuffle", "Order of training images.", metavar="{shuffle,class-balanced}")
-    epochs: int = _option(150, "Passes over the training images.", images=90, aliases=("-e",))
-    batch_size: int = _option(64, "Images per process and forward pass.", images=32, aliases=("-b",))
+    epochs: int = _option(150, "Passes over the training images.", images=90, groups=60, aliases=("-e",))
+    batch_size: int = _option(64, "Images per process and forward pass.", images=32, groups=256, aliases=("-b",))
     grad_accum: int = _option(1, "Forward passes per optimiser step.", aliases=("--grad-accum-steps",))
     val_batch_size: int = _option(1024, "Images per process and forward pass of evaluation.", images=64)
     opt: str = _option("sgd", "Optimiser.", metavar="{sgd,adamw}", aliases=("--optimizer",))
@@ -134,6 +158,7 @@ class TrainConfig:
         40.0,
         "digits: images of the most frequent class per image of the rarest, from 1 (balanced) to "
         f"{HEAD_COUNT}. The most frequent class has {HEAD_COUNT} training images.",
+        groups=1.0,
     )
     many_shot: int = _option(25, "A class with more training images than this counts as many-shot.", images=100)
     few_shot: int = _option(5, "A class with fewer training images than this counts as few-shot.", images=20)
@@ -148,6 +173,10 @@ class TrainConfig:
     @property
     def image_folder(self) -> Path | None:
         return Path(self.data.removeprefix(IMAGE_FOLDER)) if self.data.startswith(IMAGE_FOLDER) else None
+
+    @property
+    def has_groups(self) -> bool:
+        return bool(self.groups) or self.data == "digits-groups"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "loss", tuple(dict.fromkeys(self.loss)))
@@ -164,7 +193,7 @@ class TrainConfig:
     def _make_paths_absolute(self) -> None:
         if self.image_folder is not None and len(self.data) > len(IMAGE_FOLDER):
             object.__setattr__(self, "data", IMAGE_FOLDER + os.path.abspath(self.image_folder))
-        for name in ("val_dir", "weights", "effective_frequency"):
+        for name in ("val_dir", "groups", "weights", "effective_frequency"):
             value = getattr(self, name)
             if value not in ("", "pretrained"):
                 object.__setattr__(self, name, os.path.abspath(value))
@@ -177,13 +206,14 @@ class TrainConfig:
             "auto_augment": AUGMENTS,
             "amp_dtype": AMP_DTYPES,
             "bad_images": BAD_IMAGES,
+            "fairness": FAIRNESS,
         }
         rules = {name: (getattr(self, name) in known, f"to be {_either(known)}") for name, known in choices.items()}
         losses = len(self.loss) > 0 and set(self.loss) <= set(LOSSES)
         rules["loss"] = (losses, f"to be one or several of {', '.join(LOSSES)}")
         rules["data"] = (
-            self.data == "digits" or (len(self.data) > len(IMAGE_FOLDER) and self.image_folder is not None),
-            "to be digits or imagefolder:DIR",
+            self.data in DIGITS or (len(self.data) > len(IMAGE_FOLDER) and self.image_folder is not None),
+            f"to be {', '.join(DIGITS)} or imagefolder:DIR",
         )
         return rules
 
@@ -200,7 +230,8 @@ class TrainConfig:
             "save_every",
         ):
             rules[name] = (getattr(self, name) >= 1, "of at least 1")
-        for name in ("tau", "gamma", "weight_decay", "clip_grad", "mixup", "cutmix", "max_margin", "strength"):
+        at_least_0 = ("tau", "gamma", "weight_decay", "clip_grad", "mixup", "cutmix", "max_margin", "strength")
+        for name in (*at_least_0, "fairness_weight"):
             rules[name] = (_within(getattr(self, name), 0), "of at least 0")
         for name in ("drw_start", "loss_warmup", "lr_warmup_epochs", "workers"):
             rules[name] = (getattr(self, name) >= 0, "of at least 0")
@@ -225,10 +256,21 @@ class TrainConfig:
         images = self.image_folder is not None
         rules = {"model": (images != (self.model == "mlp"), "to be mlp for digits, and another one for image folders")}
         if not images:
-            for name in ("val_dir", "split", "weights", "mixup", "cutmix", "workers", "random_erase", "model_kwargs"):
+            for name in (
+                "val_dir",
+                "split",
+                "groups",
+                "weights",
+                "mixup",
+                "cutmix",
+                "workers",
+                "random_erase",
+                "model_kwargs",
+            ):
                 rules[name] = (not getattr(self, name), "to be left out with digits")
             for name, value in {"auto_augment": "none", "bad_images": "error"}.items():
                 rules[name] = (getattr(self, name) == value, "to be left out with digits")
+        rules |= self._groups()
         if self.effective_frequency:
             used = bool({"la", "cb"} & set(self.loss))
             rules["effective_frequency"] = (used, "with a loss that uses it (la, cb)")
@@ -245,14 +287,25 @@ class TrainConfig:
             rules["lr_warmup_epochs"] = (self.lr_warmup_epochs < self.epochs, f"below epochs ({self.epochs})")
         return rules
 
+    def _groups(self) -> dict[str, tuple[bool, str]]:
+        rules: dict[str, tuple[bool, str]] = {}
+        if self.groups or self.group_column:
+            rules["group_column"] = (bool(self.groups and self.group_column), "together with groups, a CSV file")
+        if self.fairness in FAIRNESS[1:]:
+            rules["fairness"] = (self.has_groups, "with groups: data digits-groups, or groups and group_column")
+        if self.has_groups:
+            for name in ("mixup", "cutmix"):  # a mixed image is of two groups
+                rules[name] = (not getattr(self, name), "to be left out with groups")
+        return rules
+
     def as_dict(self) -> dict[str, Any]:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
 
 def defaults(data: str) -> dict[str, Any]:
-    """Default of every option for a data set: those of the embedded digits, or those of image folders."""
-    images = data.startswith(IMAGE_FOLDER)
-    return {f.name: f.metadata["images"] if images else f.default for f in fields(TrainConfig)}
+    """Default of every option for a data set: those of the embedded digits, with groups or not, or of image folders."""
+    kind = "images" if data.startswith(IMAGE_FOLDER) else "groups" if data == "digits-groups" else "default"
+    return {f.name: f.metadata[kind] for f in fields(TrainConfig)}
 
 
 def _within(value: float, low: float) -> bool:

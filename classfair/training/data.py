@@ -16,6 +16,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 from classfair.data import ClassBalancedSampler, UnpaddedDistributedSampler
 from classfair.training.config import TrainConfig
 from classfair.training.distributed import Processes
+from classfair.training.groups import Groups
 
 #: What a batch is asked for with: the epoch, and the indices of its images.
 Request = tuple[int, list[int]]
@@ -30,6 +31,7 @@ class Data:
     train_targets: Tensor  # (N,) int64
     num_val: int
     class_names: list[str]
+    groups: Groups | None = None
 
 
 class TensorBatches(Dataset[Any]):
@@ -46,7 +48,7 @@ class TensorBatches(Dataset[Any]):
 class Draw(IntEnum):
     """What random numbers are drawn for."""
 
-    ORDER, IMAGE, MIX, DROPOUT, HEAD = range(5)
+    ORDER, IMAGE, MIX, DROPOUT, HEAD, GROUP = range(6)
 
 
 def derived_seed(purpose: Draw, *parts: int) -> int:
@@ -60,15 +62,19 @@ def load_data(config: TrainConfig, seed: int) -> Data:
         from classfair.training.image_folder import load_image_folder
 
         return load_image_folder(config, config.image_folder, seed)
-    from classfair.training.digits import digits_long_tailed
+    from classfair.training.digits import GROUP_NAMES, digits_long_tailed, in_groups
 
-    split = digits_long_tailed(seed, config.imbalance)
+    split, groups = digits_long_tailed(seed, config.imbalance), None
+    if config.has_groups:
+        split, *parts = in_groups(split, np.random.default_rng(derived_seed(Draw.GROUP, seed)))
+        groups = Groups(GROUP_NAMES, *parts)
     return Data(
         train=TensorBatches(split.train_x, split.train_y),
         val=TensorBatches(split.test_x, split.test_y),
         train_targets=split.train_y,
         num_val=len(split.test_y),
         class_names=[str(digit) for digit in range(10)],
+        groups=groups,
     )
 
 
@@ -76,8 +82,9 @@ class TrainingOrder(Sampler[Request]):
     """Requests of one process for one epoch, the same number on every process.
 
     An optimiser step takes the next ``world * batch_size * grad_accum`` images of the epoch's order, the last step
-    what is left, and deals them out as evenly as it can. So what a step computes does not depend on how many processes
-    and forward passes share it. A part without an image gets one that counts for nothing (see :meth:`counts`),
+    what is left, and deals them out as evenly as it can: to forward passes, and those of one pass to processes. So what
+    a step computes does not depend on how many processes and forward passes share it, nor what a pass of all processes
+    together computes on their number. A part without an image gets one that counts for nothing (see :meth:`counts`),
     because every process must take part in every collective. Batch norm cannot do with one image, so that parts have
     two at least; a last step of a single image joins the one before.
     """
@@ -91,13 +98,15 @@ class TrainingOrder(Sampler[Request]):
         else:
             generator = torch.Generator().manual_seed(derived_seed(Draw.ORDER, seed, epoch))
             order = torch.randperm(len(targets), generator=generator)
-        parts = config.grad_accum * processes.world
-        steps = list(order.split(parts * config.batch_size))
+        steps = list(order.split(config.grad_accum * processes.world * config.batch_size))
         least = min(2, config.batch_size)
         if len(steps) > 1 and len(steps[-1]) < least:
             steps[-2:] = [torch.cat(steps[-2:])]
         self._filler = order[:least]
-        self._requests = [_deal(step, parts, least)[processes.rank :: processes.world] for step in steps]
+        self._requests = [
+            [_deal(images, processes.world, least)[processes.rank] for images in _deal(step, config.grad_accum, least)]
+            for step in steps
+        ]
 
     def counts(self, step: int, part: int) -> bool:
         """Whether the images of a forward pass count, or only stand in for none."""

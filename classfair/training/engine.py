@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Dataset
 
 import classfair
 from classfair.feature_losses import FeatureLoss
@@ -20,6 +21,8 @@ from classfair.training import interruption
 from classfair.training.config import FEATURE_LOSSES, TrainConfig
 from classfair.training.data import Data, Draw, EvaluationOrder, TrainingOrder, derived_seed, load_data, loader
 from classfair.training.distributed import Processes, local_device
+from classfair.training.fairness import NEED_JOINT, penalty
+from classfair.training.groups import NO_GROUP
 from classfair.training.image_folder import BadImageError
 from classfair.training.models import build_model
 from classfair.training.objective import (
@@ -29,10 +32,13 @@ from classfair.training.objective import (
     build_schedules,
     read_effective_frequency,
 )
-from classfair.training.run_folder import CHECKPOINT_VERSION, RunFolder, newest_checkpoint
+from classfair.training.run_folder import CHECKPOINT_VERSION, GROUPS_VERSION, RunFolder, newest_checkpoint
 from classfair.training.totals import Epoch, RunResult, Totals
 
 IGNORED = -100
+
+#: Images, their target and their groups if they have any.
+Batch = tuple[Tensor, Any, Tensor | None]
 
 
 class DeviceUnavailableError(RuntimeError):
@@ -84,6 +90,9 @@ class Run:
         scaled = config.amp and config.amp_dtype == "float16"
         self.scaler = torch.amp.GradScaler(device.type, enabled=scaled)
         self.counts = counts
+        self.group_names = [] if data.groups is None else data.groups.names
+        # One more for images without a group, where there are any.
+        self.num_groups = 0 if data.groups is None else len(self.group_names) + data.groups.incomplete
         self.epoch = 0  # epochs done
         self.train_loss: list[float] = []
         self.train: Totals | None = None
@@ -107,28 +116,41 @@ class Run:
         self.criterion.train()
         # Dropout differs between processes; the generator of workers is fixed because images seed themselves.
         torch.manual_seed(derived_seed(Draw.DROPOUT, self.seed, self.epoch, self.processes.rank))
-        totals = Totals(len(self.data.class_names), self.device)
+        totals = self._totals(joint=False)
         order = TrainingOrder(self.data.train_targets, self.config, self.seed, self.epoch, self.processes)
-        batches = self._batches(loader(self.data.train, order, self.config, self.device))
+        groups = None if self.data.groups is None else self.data.groups.train
+        batches = self._batches(self.data.train, order, groups)
         for step in range(order.steps):
             window = []
             for part in range(self.config.grad_accum):
-                images, target = next(batches)
-                window.append((images, target if order.counts(step, part) else _ignored(target)))
+                images, target, group = next(batches)
+                window.append((images, target if order.counts(step, part) else _ignored(target), group))
             self._step(window, totals)
         return self._merged(totals, "training")
 
-    def _step(self, window: list[tuple[Tensor, Any]], totals: Totals) -> None:
-        """One optimiser step: the mean loss over all images of all forward passes and processes."""
-        weights = [self.criterion.total_weight(target) for _, target in window]
+    def _totals(self, *, joint: bool) -> Totals:
+        return Totals(len(self.data.class_names), self.device, self.num_groups, joint=joint)
+
+    def _step(self, window: list[Batch], totals: Totals) -> None:
+        """One optimiser step: the mean loss over all images of all forward passes and processes.
+
+        A penalty is of what all processes see in one forward pass, and its mean over the passes is added.
+        """
+        fairness = self.config.fairness
+        weights = [self.criterion.total_weight(target) for _, target, _ in window]
         total = self.processes.sum_(torch.stack(weights).sum())
         # DDP averages over processes: undo that. Nothing to learn from is a gradient of 0.
         share = torch.where(total > 0, self.processes.world / total, 0.0)
         self.optimizer.zero_grad()
-        for i, ((images, target), weight) in enumerate(zip(window, weights, strict=True)):
+        for i, (batch, weight) in enumerate(zip(window, weights, strict=True)):
             with self._no_sync(wait=i + 1 < len(window)):
-                loss, stats = self._loss(self.net, images, target, differentiable=False)
-                self.scaler.scale(loss * share).backward()
+                options: dict[str, Any] = {"differentiable": fairness != "none", "joint": fairness in NEED_JOINT}
+                loss, stats = self._loss(self.net, *batch, **options)
+                objective = loss * share
+                if fairness != "none":  # every process has the penalty of all: DDP's average is that penalty once
+                    unfairness = penalty(fairness, stats, len(self.group_names))
+                    objective = objective + self.config.fairness_weight / len(window) * unfairness
+                self.scaler.scale(objective).backward()
             totals.add(loss, weight, stats)
         if self.config.clip_grad:
             self.scaler.unscale_(self.optimizer)
@@ -136,7 +158,11 @@ class Run:
         self.scaler.step(self.optimizer)
         self.scaler.update()
 
-    def _loss(self, net: nn.Module, images: Tensor, target: Any, **options: Any) -> tuple[Tensor, classfair.BatchStats]:
+    def _loss(
+        self, net: nn.Module, images: Tensor, target: Any, group: Tensor | None, **options: Any
+    ) -> tuple[Tensor, classfair.BatchStats]:
+        if group is not None:
+            options |= {"group": group, "num_groups": self.num_groups}
         with self._autocast():
             output = net(images.to(self.device, non_blocking=True))
         if not isinstance(self.criterion, FeatureLoss):
@@ -154,10 +180,12 @@ class Run:
         self.processes.broadcast_(self.model.buffers())
         self.model.eval()
         self.criterion.eval()
-        totals = Totals(len(self.data.class_names), self.device)
+        totals = self._totals(joint=True)
+        joint = "group_joint" in totals.state_dict()
         order = EvaluationOrder(self.data.num_val, self.config.val_batch_size, self.processes)
-        for images, target in self._batches(loader(self.data.val, order, self.config, self.device)):
-            loss, stats = self._loss(self.model, images, target)
+        groups = None if self.data.groups is None else self.data.groups.val
+        for batch in self._batches(self.data.val, order, groups):
+            loss, stats = self._loss(self.model, *batch, joint=joint)
             totals.add(loss, stats.count.sum(), stats)
         return self._merged(totals, "validation")
 
@@ -167,9 +195,14 @@ class Run:
             raise BadImageError(f"expected {part} images that can be read, got none")
         return totals
 
-    def _batches(self, batches: Iterable[Any]) -> Iterator[tuple[Tensor, Any]]:
-        """Images where they were loaded, targets on the device: their weights come before the first forward pass."""
-        for batch in batches:
+    def _batches(
+        self, dataset: Dataset[Any], order: TrainingOrder | EvaluationOrder, groups: Tensor | None
+    ) -> Iterator[Batch]:
+        """Images where they were loaded, the rest on the device: weights of targets come before the first forward pass.
+
+        The loader, which iterates over the order too, keeps it: so groups need not pass through data sets.
+        """
+        for (_, indices), batch in zip(order, loader(dataset, order, self.config, self.device), strict=True):
             interruption.check()
             if isinstance(batch, Exception):
                 raise batch
@@ -178,7 +211,12 @@ class Run:
                 target = target.to(self.device, non_blocking=True)
             else:
                 target = type(target)(*(part.to(self.device, non_blocking=True) for part in target))
-            yield images, target
+            group = None
+            if groups is not None:
+                group = groups[indices]
+                group = torch.where(group == NO_GROUP, len(self.group_names), group)
+                group = group.to(self.device, non_blocking=True)
+            yield images, target, group
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         dtype = getattr(torch, self.config.amp_dtype)
@@ -203,14 +241,21 @@ class Run:
         self.epoch += 1
         self.train_loss.append(train_loss)
         self.val = self.evaluate()
-        return Epoch(self.loss, self.seed, self.epoch, self.train, self.val, lr)
+        return Epoch(self.loss, self.seed, self.epoch, self.train, self.val, lr, self.group_names)
 
     def result(self) -> RunResult:
         assert self.train is not None
         assert self.val is not None
         count = self.counts.numpy()
         return RunResult(
-            self.loss, self.seed, self.data.class_names, count, self.train, self.val, list(self.train_loss)
+            self.loss,
+            self.seed,
+            self.data.class_names,
+            count,
+            self.train,
+            self.val,
+            list(self.train_loss),
+            self.group_names,
         )
 
     def _parts(self) -> dict[str, Any]:
@@ -223,12 +268,13 @@ class Run:
         assert self.train is not None
         assert self.val is not None
         return {
-            "format_version": CHECKPOINT_VERSION,
+            "format_version": GROUPS_VERSION if self.group_names else CHECKPOINT_VERSION,
             "loss": self.loss,
             "seed": self.seed,
             "epoch": self.epoch,
             "config": self.config.as_dict(),
             "class_names": self.data.class_names,
+            **({"group_names": self.group_names} if self.group_names else {}),
             "train_loss": self.train_loss,
             "train": self.train.state_dict(),
             "val": self.val.state_dict(),
@@ -239,6 +285,8 @@ class Run:
         """Go on where a checkpoint stands; ValueError if it is that of another job."""
         if state["class_names"] != self.data.class_names:
             raise ValueError("expected a checkpoint with the classes of the data, got other classes")
+        if state.get("group_names", []) != self.group_names:
+            raise ValueError("expected a checkpoint with the groups of the data, got other groups")
         try:
             for name, part in self._parts().items():
                 part.load_state_dict(state[name])

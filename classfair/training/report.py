@@ -14,6 +14,7 @@ import torch
 
 import classfair
 from classfair.training.config import TrainConfig
+from classfair.training.fairness import GROUP_COLUMNS
 from classfair.training.run_folder import RunFolder
 from classfair.training.totals import COLUMNS, RunResult, summarise
 
@@ -61,12 +62,12 @@ def write_report(folder: RunFolder, results: list[RunResult], config: TrainConfi
 
 def report(results: list[RunResult], config: TrainConfig) -> dict[str, Any]:
     """The content of metrics.json; the same job gives the same content."""
-    runs = [
+    runs: list[dict[str, Any]] = [
         {
             "loss": result.loss,
             "seed": result.seed,
             **result.columns(config),
-            **result.val.summary("val"),
+            **result.val.summary("val", []),
             "accuracy": result.accuracy.tolist(),
             "effective_frequency": result.val.effective_frequency.tolist(),
             "train_accuracy": result.train.accuracy.tolist(),
@@ -75,10 +76,15 @@ def report(results: list[RunResult], config: TrainConfig) -> dict[str, Any]:
         }
         for result in results
     ]
+    groups = results[0].groups
+    if groups:
+        for run, result in zip(runs, results, strict=True):
+            run["groups"] = {"train": result.train.by_group(groups), "val": result.val.by_group(groups)}
     return {
         "format_version": METRICS_VERSION,
         "class_names": results[0].class_names,
-        "columns": list(COLUMNS),
+        **({"group_names": groups} if groups else {}),
+        "columns": [*COLUMNS, *(GROUP_COLUMNS if groups else ())],
         "summary": summarise(results, config),
         "runs": runs,
     }
@@ -126,7 +132,8 @@ def accuracy_chart(results: list[RunResult], config: TrainConfig) -> bytes:
     _mark_groups(axes, counts, config)
     several = f"lines: mean, dots: {config.seeds} seeds" if few_classes else f"mean of {config.seeds} seeds"
     seeds = several if config.seeds > 1 else "1 seed"
-    what = f"Digits, {config.imbalance:g}:1 long-tailed" if config.data == "digits" else config.model
+    digits = f"Digits, {config.imbalance:g}:1 long-tailed" if config.imbalance > 1 else "Digits"
+    what = config.model if config.image_folder else digits
     axes.set_title(f"{what}: accuracy per class ({seeds})")
     axes.set_ylabel("validation accuracy of the class (%)")
     if few_classes:

@@ -22,8 +22,11 @@ import torch
 from classfair.training.totals import CLASS_COLUMNS, Epoch
 
 CHECKPOINT_VERSION = 2
+GROUPS_VERSION = 3  # with groups: an earlier classfair would go on without them and their penalty
 CONFIG = "config.json"
-STATISTICS = ",".join(["epoch", "class", *(f"{part}_{c}" for part in ("train", "val") for c in CLASS_COLUMNS)]) + "\n"
+COLUMNS = [f"{part}_{column}" for part in ("train", "val") for column in CLASS_COLUMNS]
+STATISTICS = ",".join(["epoch", "class", *COLUMNS]) + "\n"
+GROUP_STATISTICS = ",".join(["epoch", "group", "class", *COLUMNS]) + "\n"
 
 
 class CheckpointError(ValueError):
@@ -116,27 +119,40 @@ class RunFolder:
         """Start or go on with a run after that epoch: what was logged later was lost with its weights."""
         if finished:
             self.finished.append(name)
-        log = self.path / "statistics" / f"{name}.csv"
-        if log.exists():
+        for file, header in ((f"{name}.csv", STATISTICS), (f"{name}-groups.csv", GROUP_STATISTICS)):
+            log = self.path / "statistics" / file
+            if not log.exists():
+                continue
             rows = log.read_text(errors="replace").splitlines(keepends=True)
             number = re.compile(r"(\d+),.*\n")  # a kill leaves half a row, or a header that never reached the disk
             kept = [row for row in rows if (found := number.fullmatch(row)) and int(found[1]) <= epoch]
-            self.write(f"statistics/{name}.csv", (STATISTICS + "".join(kept)).encode())
+            self.write(f"statistics/{file}", (header + "".join(kept)).encode())
 
     def log(self, name: str, now: Epoch) -> None:
-        """Per-class statistics of an epoch, and its scalars for TensorBoard where that is installed."""
-        log = self._place(f"statistics/{name}.csv")
+        """Statistics of an epoch by class and by group, and its scalars for TensorBoard where that is installed."""
+        pairs = enumerate(zip(now.train.rows(), now.val.rows(), strict=True))
+        self._append(f"statistics/{name}.csv", STATISTICS, [[now.epoch, c, *train, *val] for c, (train, val) in pairs])
+        if now.train.groups is not None and now.val.groups is not None:
+            parts = zip(now.train.groups.rows(), now.val.groups.rows(), strict=True)
+            groups = zip(now.groups, parts, strict=False)  # what follows the named ones are images without a group
+            rows = [
+                [now.epoch, group, c, *train, *val]
+                for group, both in groups
+                for c, (train, val) in enumerate(zip(*both, strict=True))
+            ]
+            self._append(f"statistics/{name}-groups.csv", GROUP_STATISTICS, rows)
+        self._log_scalars(name, now)
+
+    def _append(self, name: str, header: str, rows: list[list[Any]]) -> None:
+        log = self._place(name)
         text = io.StringIO()
-        table = csv.writer(text, lineterminator="\n")
         if not log.exists():
-            text.write(STATISTICS)
-        for c, (train, val) in enumerate(zip(now.train.rows(), now.val.rows(), strict=True)):
-            table.writerow([now.epoch, c, *train, *val])
+            text.write(header)
+        csv.writer(text, lineterminator="\n").writerows(rows)
         with log.open("a") as file:
             file.write(text.getvalue())
             file.flush()
             os.fsync(file.fileno())
-        self._log_scalars(name, now)
 
     def _log_scalars(self, name: str, now: Epoch) -> None:
         if self._board is not None:
@@ -201,11 +217,11 @@ def newest_checkpoint(path: Path, loss: str, seed: int) -> dict[str, Any] | None
             print(f"classfair train: {file} is damaged", file=sys.stderr)
             continue
         version = state.get("format_version")
-        if version != CHECKPOINT_VERSION:
-            age = "a newer" if isinstance(version, int) and version > CHECKPOINT_VERSION else "an older"
+        if version not in (CHECKPOINT_VERSION, GROUPS_VERSION):
+            age = "a newer" if isinstance(version, int) and version > GROUPS_VERSION else "an older"
             raise CheckpointError(
-                f"expected a checkpoint of format {CHECKPOINT_VERSION}, got {file} of format {version},"
-                f" which {age} classfair wrote"
+                f"expected a checkpoint of format {CHECKPOINT_VERSION} or {GROUPS_VERSION}, got {file} of format"
+                f" {version}, which {age} classfair wrote"
             )
         if (state.get("loss"), state.get("seed")) != (loss, seed):
             raise CheckpointError(f"expected a checkpoint of {name}, got {file} of another run")

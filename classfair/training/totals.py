@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,24 +14,34 @@ from torch import Tensor
 from classfair import BatchStats, metrics
 from classfair.training.config import TrainConfig
 from classfair.training.distributed import Processes
+from classfair.training.fairness import GROUP_COLUMNS, GroupTotals, measures
 
 COLUMNS = ("many", "medium", "few", "all", "geometric_mean", "worst_class")
 CLASS_COLUMNS = ("count", "correct", "predicted", "mass", "hit")
 
 
 class Totals:
-    """Sums over the images of an epoch, of all processes after :meth:`merge`. They stay on the device."""
+    """Sums over the images of an epoch, of all processes after :meth:`merge`. They stay on the device.
 
-    def __init__(self, num_classes: int, device: torch.device | None = None) -> None:
+    With groups also by group, where ``groups`` counts images without one as one more group, the last.
+    """
+
+    def __init__(
+        self, num_classes: int, device: torch.device | None = None, groups: int = 0, *, joint: bool = False
+    ) -> None:
         self.counts = torch.zeros(3, num_classes, dtype=torch.int64, device=device)  # count, correct, predicted
         self.sums = torch.zeros(2, num_classes, dtype=torch.float64, device=device)  # mass, hit
         self.loss = torch.zeros(2, dtype=torch.float64, device=device)  # of losses, of their weights
+        self.groups = GroupTotals(groups, num_classes, device, joint=joint) if groups else None
 
     def add(self, loss: Tensor, weight: Tensor, stats: BatchStats) -> None:
-        """Add a batch: sum of its losses, sum of their weights, statistics (1, C)."""
-        self.counts += torch.cat([stats.count, stats.correct, stats.predicted])
-        self.sums += torch.cat([stats.mass, stats.hit])
+        """Add a batch: sum of its losses, sum of their weights, statistics (1, C) or by group."""
+        stats = stats.detach()  # a sum would keep the graphs of the whole epoch
+        self.counts += torch.stack([stats.count, stats.correct, stats.predicted]).sum(1)
+        self.sums += torch.stack([stats.mass, stats.hit]).sum(1)
         self.loss += torch.stack([loss.detach(), weight])
+        if self.groups is not None:
+            self.groups.add(stats)
 
     def merge(self, processes: Processes) -> Totals:
         for part in self.state_dict().values():
@@ -39,11 +49,13 @@ class Totals:
         return self
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {"counts": self.counts, "sums": self.sums, "loss": self.loss}
+        groups = {} if self.groups is None else self.groups.state_dict()
+        return {"counts": self.counts, "sums": self.sums, "loss": self.loss, **groups}
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor]) -> Totals:
-        totals = cls(state["counts"].shape[1])
+        groups = state["group_counts"].shape[1] if "group_counts" in state else 0
+        totals = cls(state["counts"].shape[1], groups=groups, joint="group_joint" in state)
         for name, part in totals.state_dict().items():
             part.copy_(state[name])
         return totals
@@ -70,15 +82,26 @@ class Totals:
         count = self.counts[0]
         return torch.where(count > 0, self.sums[1] / count, math.nan).cpu().numpy()
 
-    def summary(self, prefix: str) -> dict[str, float]:
+    def by_group(self, names: list[str]) -> dict[str, Any]:
+        """:func:`measures` of the named groups."""
+        assert self.groups is not None
+        return measures(self.groups, len(names))
+
+    def summary(self, prefix: str, groups: list[str]) -> dict[str, float]:
         """Scalars of the epoch for logs."""
         accuracy = self.accuracy
-        return {
+        scalars = {
             f"{prefix}_loss": self.mean_loss,
             f"{prefix}_accuracy": float(self.counts[1].sum() / self.counts[0].sum()),
             f"{prefix}_balanced_accuracy": metrics.balanced_accuracy(accuracy),
             f"{prefix}_worst_class_accuracy": metrics.worst_class_accuracy(accuracy),
         }
+        if groups:
+            fares = self.by_group(groups)
+            scalars |= {f"{prefix}_accuracy_of_{g}": a for g, a in zip(groups, fares["accuracy"], strict=True)}
+            scalars |= {f"{prefix}_{name}": fares[name] for name in GROUP_COLUMNS}
+            scalars |= {f"{prefix}_penalty_{name}": value for name, value in fares["penalties"].items()}
+        return scalars
 
     def rows(self) -> list[list[Any]]:
         """One row of CLASS_COLUMNS per class."""
@@ -96,9 +119,11 @@ class Epoch:
     train: Totals
     val: Totals
     lr: float
+    groups: list[str] = field(default_factory=list)  # names
 
     def summary(self) -> dict[str, float]:
-        return {"epoch": self.epoch, "lr": self.lr, **self.train.summary("train"), **self.val.summary("val")}
+        parts = {**self.train.summary("train", self.groups), **self.val.summary("val", self.groups)}
+        return {"epoch": self.epoch, "lr": self.lr, **parts}
 
 
 @dataclass(frozen=True)
@@ -112,6 +137,7 @@ class RunResult:
     train: Totals  # of the last epoch's own training pass
     val: Totals
     train_loss: list[float]  # per epoch
+    groups: list[str] = field(default_factory=list)  # names
 
     @property
     def test_count(self) -> NDArray[np.int64]:
@@ -126,15 +152,19 @@ class RunResult:
         return self.val.accuracy
 
     def columns(self, config: TrainConfig) -> dict[str, float]:
-        """The columns of the closing table, in the order of COLUMNS."""
+        """The columns of the closing tables, in the order of COLUMNS and with groups GROUP_COLUMNS."""
         accuracy = self.accuracy
-        groups = metrics.shot_accuracy(accuracy, self.train_count, many=config.many_shot, few=config.few_shot)
-        return {
-            **groups,
+        shots = metrics.shot_accuracy(accuracy, self.train_count, many=config.many_shot, few=config.few_shot)
+        columns = {
+            **shots,
             "all": metrics.balanced_accuracy(accuracy),
             "geometric_mean": metrics.geometric_mean_accuracy(accuracy),
             "worst_class": metrics.worst_class_accuracy(accuracy),
         }
+        if self.groups:
+            fares = self.val.by_group(self.groups)
+            columns |= {name: fares[name] for name in GROUP_COLUMNS}
+        return columns
 
 
 def summarise(results: list[RunResult], config: TrainConfig) -> dict[str, Any]:
@@ -142,7 +172,7 @@ def summarise(results: list[RunResult], config: TrainConfig) -> dict[str, Any]:
     summary: dict[str, Any] = {}
     for loss in config.loss:
         rows = [result.columns(config) for result in results if result.loss == loss]
-        summary[loss] = {column: _mean_sd([row[column] for row in rows]) for column in COLUMNS}
+        summary[loss] = {column: _mean_sd([row[column] for row in rows]) for column in rows[0]}
     return summary
 
 

@@ -1,0 +1,93 @@
+"""Which group every image belongs to, from a table of attributes."""
+
+from __future__ import annotations
+
+import csv
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+MAX_GROUPS = 1000  # more values are names of images rather than of groups
+NO_GROUP = -1
+PATH_COLUMNS = ("file", "image")
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The group of every image of one seed, -1 for none: in the loss and the totals, in no group's and no penalty."""
+
+    names: list[str]
+    train: Tensor  # (N,) int64
+    val: Tensor  # (M,) int64
+
+    @property
+    def incomplete(self) -> bool:
+        """Whether an image has no group."""
+        return any(bool((part == NO_GROUP).any()) for part in (self.train, self.val))
+
+
+def read_groups(file: Path, column: str, root: Path, train: list[str], val: list[str]) -> Groups:
+    """The groups of images by their paths: the distinct values of the column, sorted; ValueError about what is wrong.
+
+    Args:
+        file: CSV with a header. Paths in it start at ``root``.
+        column: whose values are the groups.
+        root: the data folder.
+        train, val: paths of the images. Other rows of the file are left alone.
+    """
+    values = _read_column(file, column, root)
+    images = [os.path.normpath(path) for path in (*train, *val)]
+    if missing := [path for path in images if path not in values]:
+        some = ", ".join(os.path.relpath(path, root) for path in missing[:5])
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise ValueError(f"expected every image in {file}, got none of {some}{more}")
+    names = sorted({values[path] for path in images} - {""})
+    if not 0 < len(names) <= MAX_GROUPS:
+        raise ValueError(f"expected group_column {column} with 1 to {MAX_GROUPS} different values, got {len(names)}")
+    number = {name: i for i, name in enumerate(names)} | {"": NO_GROUP}
+    groups = torch.tensor([number[values[path]] for path in images])
+    parts = groups[: len(train)], groups[len(train) :]
+    for part, group in zip(("training", "validation"), parts, strict=True):
+        if not (group >= 0).any():
+            raise ValueError(f"expected {part} images with a {column} in {file}, got blanks only")
+    return Groups(names, *parts)
+
+
+def _read_column(file: Path, column: str, root: Path) -> dict[str, str]:
+    """Value by path."""
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as text:
+            rows = csv.reader(text, strict=True)
+            header = next(rows, [])
+            path_at, value_at = _columns(file, column, header)
+            values: dict[str, str] = {}
+            for row in rows:
+                if not row:  # an empty line
+                    continue
+                where = f"{file}, line {rows.line_num}"
+                if len(row) != len(header):
+                    raise ValueError(f"expected {len(header)} columns in {where}, got {len(row)}")
+                path = os.path.normpath(os.path.join(root, row[path_at]))
+                if path in values:
+                    raise ValueError(f"expected one row per image, got {row[path_at]} again in {where}")
+                values[path] = row[value_at].strip()
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"expected groups in a CSV file in UTF-8, got {file} ({error})") from None
+    if not values:
+        raise ValueError(f"expected a row per image in {file}, got none")
+    return values
+
+
+def _columns(file: Path, column: str, header: list[str]) -> tuple[int, int]:
+    """Where the paths are, and where the groups."""
+    if not header:
+        raise ValueError(f"expected a header in {file}, got an empty file or line")
+    if header.count(column) != 1:
+        raise ValueError(f"expected group_column as one of {', '.join(header)} in {file}, got {column}")
+    path = next((name for name in PATH_COLUMNS if name in header), header[0])
+    if path == column:
+        raise ValueError(f"expected group_column other than the paths of images in {file}, got {column}")
+    return header.index(path), header.index(column)
