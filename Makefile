@@ -8,7 +8,7 @@ GPU_VENV ?= .venv-gpu
 SANITIZED := plain-3x31 or plain-3x1025 or all-many-rows or mixed-all or dense-all or strided-3d
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*) setup.py pyproject.toml
 # Triton's kernels run on the CPU through its interpreter, which warns of every infinity it meets.
-PRIMITIVES := tests/test_conformance.py tests/test_class_moments.py tests/test_pair_terms.py
+PRIMITIVES := tests/test_conformance.py tests/test_class_moments.py tests/test_pair_terms.py tests/test_fairness_ops.py
 INTERPRETED = TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PRIMITIVES) -W ignore::RuntimeWarning
 CPP := $(filter-out %.py,$(wildcard csrc/*.cpp csrc/*.h csrc/*/*))
 
