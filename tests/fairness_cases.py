@@ -133,7 +133,7 @@ def _few(x: Rows) -> Rows:
 
 
 def _dependence_cases() -> list[Case]:
-    sizes = [(1, 1), (1, 5), (2, 1), (2, 2), (2, 31), (3, 5), (3, 33), (8, 2), (8, 31), (2, 1000), (8, 1000)]
+    sizes = [(1, 1), (1, 5), (2, 1), (2, 2), (2, 31), (3, 5), (3, 33), (8, 2), (8, 31), (2, 1000), (8, 1100)]
     # A cell is a program, and Triton's interpreter runs one after another.
     cell_sizes = [(1, 1), (1, 5), (2, 1), (2, 2), (2, 20), (3, 5), (8, 7)]
     large = 1 << 33
