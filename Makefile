@@ -8,7 +8,7 @@ GPU_VENV ?= .venv-gpu
 SANITIZED := plain-3x31 or plain-3x1025 or all-many-rows or mixed-all or dense-all or strided-3d
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*) setup.py pyproject.toml
 # Triton's kernels run on the CPU through its interpreter, which warns of every infinity it meets.
-PRIMITIVES := tests/test_conformance.py tests/test_class_moments.py tests/test_pair_terms.py
+PRIMITIVES := tests/test_conformance.py tests/test_class_moments.py tests/test_pair_terms.py tests/test_fairness_ops.py
 INTERPRETED = TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PRIMITIVES) -W ignore::RuntimeWarning
 CPP := $(filter-out %.py,$(wildcard csrc/*.cpp csrc/*.h csrc/*/*))
 
@@ -64,7 +64,7 @@ $(GPU_VENV)/.installed: $(SOURCES)
 	touch $@
 
 test-gpu: $(GPU_VENV)/.installed  ## on a machine with a GPU: conformance of both GPU back-ends
-	$(GPU_VENV)/bin/python -m pytest $(PRIMITIVES) tests/test_gpu.py tests/test_gpu_moments.py tests/test_torch_stack.py -m "not slow" -k "cuda or test_gpu" $(ARGS)
+	$(GPU_VENV)/bin/python -m pytest $(PRIMITIVES) tests/test_gpu.py tests/test_gpu_moments.py tests/test_gpu_fairness.py tests/test_torch_stack.py -m "not slow" -k "cuda or test_gpu" $(ARGS)
 
 bench-gpu: $(GPU_VENV)/.installed  ## on a machine with a GPU: time both GPU back-ends beside torch
 	$(GPU_VENV)/bin/python -m benchmarks.run --device cuda $(ARGS)
@@ -73,8 +73,8 @@ bench-gpu: $(GPU_VENV)/.installed  ## on a machine with a GPU: time both GPU bac
 sanitize: $(GPU_VENV)/.installed  ## on a machine with a GPU: compute-sanitizer's four tools
 	for tool in memcheck racecheck initcheck synccheck; do \
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 $(GPU_VENV)/bin/python -m pytest \
-	    tests/test_conformance.py tests/test_class_moments.py \
-	    -k "values_and and native-cuda-float32 and ($(SANITIZED) or skewed or nonfinite)" || exit 1; \
+	    tests/test_conformance.py tests/test_class_moments.py tests/test_fairness_ops.py \
+	    -k "values_and and native-cuda-float32 and ($(SANITIZED) or skewed or nonfinite or 3x33 or cells-zeros)" || exit 1; \
 	done
 
 cuda-check: $(VENV)/.installed  ## compile the CUDA kernels for every released architecture, warnings as errors

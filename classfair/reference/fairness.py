@@ -27,6 +27,10 @@ def dependence(
 ) -> Tensor:
     """See :func:`classfair.ops.dependence`."""
     n, first = _per_row(count, rows, cell, num_cells)
+    entering = (n > 0)[:, None]
+    if mutual_information:
+        entering = entering & (rows > 0)  # at 0 the derivative is -inf; such a row is left alone
+    rows = torch.where(entering, rows, 0)
     total = torch.zeros_like(rows).index_add(0, first, rows)[first]  # (M, C), of the row's segment
     size = torch.zeros_like(n).index_add(0, first, n)[first]  # (M,)
     groups = torch.zeros_like(n).index_add(0, first, (n > 0).to(n.dtype))[first]

@@ -104,6 +104,14 @@ T* data(const Tensor& tensor) {
   return tensor.numel() == 0 ? nullptr : static_cast<T*>(tensor.data_ptr());
 }
 
+// Calls function(A{}) with the C++ type of the sums; half precision is widened before it comes here.
+template <class F>
+auto dispatch_accumulate(const Tensor& sums, F&& function) {
+  if (sums.scalar_type() == ScalarType::Double) return function(double{});
+  STD_TORCH_CHECK(sums.scalar_type() == ScalarType::Float, "classfair: expected float32 or float64");
+  return function(float{});
+}
+
 inline Tensor new_int64(const Tensor& like, int64_t size) { return allocate<1>(like, {size}, ScalarType::Long); }
 
 // Scratch for `size` values of a plain struct.

@@ -52,14 +52,6 @@ __device__ A row_threshold(const A* square, int64_t C) {
   return static_cast<A>(kPairThreshold * (mean > 1.0 ? mean : 1.0));
 }
 
-// Calls function(A{}) with the C++ type of the weight; half precision is widened before it comes here.
-template <class F>
-auto dispatch_accumulate(const Tensor& weight, F&& function) {
-  if (weight.scalar_type() == ScalarType::Double) return function(double{});
-  STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Float, "pair_terms: expected float32 or float64");
-  return function(float{});
-}
-
 template <class A>
 PairInputs<A> pair_inputs(const Tensor& weight, const OptionalTensor& cov, const Tensor& label,
                           const Tensor& num_slots) {
