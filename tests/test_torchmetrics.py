@@ -570,22 +570,24 @@ def test_batch_averages_never_share_states():
 # --- processes --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("splits", [[(0, 200)], [(0, 50), (50, 200)], [(0, 150), (0, 0), (150, 200)]])
-def test_processes_equal_one(splits, tmp_path):
+def test_processes_equal_one(tmp_path):
+    """One, two and three processes, one of which never has a sample."""
     logits, target, group = samples()
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.spawn(run_rank, (len(splits), splits, str(tmp_path / "rendezvous"), results), nprocs=len(splits))
+        mp.spawn(run_rank, (3, str(tmp_path / "rendezvous"), results), nprocs=3)
         results = dict(results)
+    assert [len(results[rank]) for rank in range(3)] == [3 * len(AVERAGED), 2 * len(AVERAGED), len(AVERAGED)]
     for name, make in AVERAGED.items():
         metric = make()
         for first in range(0, 200, 50):
             rows = slice(first, first + 50)
             update(metric, name, logits[rows], target[rows], group[rows])
         expected = values(metric.compute())
-        for rank in results:
-            for x, y in zip(results[rank][name], expected, strict=True):
-                np.testing.assert_allclose(x, y, rtol=1e-12 if name not in SCORES else 1e-6, err_msg=name)
+        for rank in range(3):
+            for processes in range(rank + 1, 4):
+                for x, y in zip(results[rank][processes, name], expected, strict=True):
+                    np.testing.assert_allclose(x, y, rtol=1e-6 if name in SCORES else 1e-12, err_msg=name)
 
 
 # --- plots ------------------------------------------------------------------------------------------------------------

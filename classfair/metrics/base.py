@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.utilities.data import dim_zero_sum
+from torchmetrics.utilities.distributed import gather_all_tensors
 
 from classfair import _validate as check
 from classfair.functional import cross_entropy_with_stats
@@ -44,6 +46,19 @@ class SummedMetric(Metric):
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Any:
         """Moves between devices only: sums in bfloat16, as ``.to(torch.bfloat16)`` would make them, are worthless."""
         return super()._apply(lambda t: t.to(fn(t.new_empty(0)).device), exclude_state)
+
+    def _sync_dist(self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any = None) -> None:
+        """One exchange for the states of each dtype instead of three collectives for each state."""
+        summed = [name for name, reduction in self._reductions.items() if reduction is dim_zero_sum]
+        for dtype in (torch.int64, torch.float64):
+            states = {name: getattr(self, name) for name in summed if getattr(self, name).dtype == dtype}
+            if not states:
+                continue
+            flat = torch.cat([state.reshape(-1) for state in states.values()])
+            total = torch.stack(dist_sync_fn(flat, group=process_group or self.process_group)).sum(0)
+            parts = total.split([state.numel() for state in states.values()])
+            for (name, state), part in zip(states.items(), parts, strict=True):
+                setattr(self, name, part.view_as(state))
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Figure and axes with a value, or with the course of a list of values (default: of ``compute()``).
