@@ -30,8 +30,10 @@ def finish(figure: Any, ax: Any, ylabel: str, xlabel: str = "") -> tuple[Any, An
     return figure, ax
 
 
-def bars(labels: Any, values: Tensor, ax: Any, ylabel: str, xlabel: str = "") -> tuple[Any, Any]:
-    """A bar per value; dots where there are many. NaN stays empty."""
+def bars(
+    labels: Any, values: Tensor, ax: Any, ylabel: str, xlabel: str = "", top: float | None = None
+) -> tuple[Any, Any]:
+    """A bar per value; dots where there are many. A cross stands for NaN."""
     figure, ax = axes_of(ax)
     heights, positions = _array(values), np.arange(values.numel())
     if len(positions) > MANY:
@@ -40,7 +42,8 @@ def bars(labels: Any, values: Tensor, ax: Any, ylabel: str, xlabel: str = "") ->
         ax.bar(positions, heights, color=COLOR, width=0.8)
         ax.set_xticks(positions, [str(label) for label in labels])
         missing = np.isnan(heights)
-        ax.scatter(positions[missing], np.zeros(missing.sum()), marker="x", color=DARK)  # no sample: no value
+        ax.scatter(positions[missing], np.zeros(missing.sum()), marker="x", color=DARK, clip_on=False)
+    ax.set_ylim(0, None if top is None else 1.02 * top)
     return finish(figure, ax, ylabel, xlabel)
 
 
@@ -74,13 +77,17 @@ def against_line(curve: Tensor, area: Tensor, ax: Any) -> tuple[Any, Any]:
     return finish(figure, ax, "share of all false positives", "classes from most to least frequent")
 
 
-def heat_map(values: Tensor, ax: Any, title: str, xlabel: str, ylabel: str) -> tuple[Any, Any]:
+def heat_map(
+    values: Tensor, ax: Any, title: str, xlabel: str, ylabel: str, rows: list[str] | None = None
+) -> tuple[Any, Any]:
     figure, ax = axes_of(ax)
     image = ax.imshow(_array(values), aspect="auto", cmap="viridis", interpolation="nearest")
     ax.figure.colorbar(image, ax=ax)
     for axis, size in ((ax.xaxis, values.shape[1]), (ax.yaxis, values.shape[0])):
         if size <= MANY:
             axis.set_ticks(range(size))
+    if rows is not None and len(rows) <= MANY:
+        ax.set_yticks(range(len(rows)), rows)
     ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
     return figure, ax
 

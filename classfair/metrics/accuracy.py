@@ -57,10 +57,8 @@ class PerClassAccuracy(_Accuracy):
     def _draw(self, value: Any, ax: Any) -> Any:
         if isinstance(value, dict):
             if value["accuracy"].dim() == 1:
-                return _charts.intervals(value, ax, "accuracy of the class")
+                return _charts.intervals(value, ax, self._name)
             value = value["accuracy"]
-        if value.dim() == 1:
-            return _charts.bars(range(value.numel()), value, ax, "accuracy of the class", "class")
         return super()._draw(value, ax)
 
 

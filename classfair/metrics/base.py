@@ -73,15 +73,21 @@ class SummedMetric(Metric):
     def _draw(self, value: Any, ax: Any) -> Any:
         from classfair.metrics import _charts
 
+        top = self.plot_upper_bound
         if isinstance(value, dict):
-            return _charts.bars(list(value), torch.stack(list(value.values())), ax, self._name)
-        if value.dim() == 2:
-            return _charts.heat_map(value, ax, self._name, "class", "group")
-        return (
-            _charts.bars(range(value.numel()), value.reshape(-1), ax, self._name)
-            if value.dim()
-            else self._plot(value, ax)
-        )
+            names, values = list(value), torch.stack(list(value.values()))
+            if values.dim() == 1:
+                return _charts.bars(names, values, ax, self._name, top=top)
+            return _charts.heat_map(values, ax, self._name, self._axis(), "", names)
+        if value.dim() == 0:
+            return self._plot(value, ax)
+        if value.dim() == 1:
+            return _charts.bars(range(len(value)), value, ax, self._name, self._axis(), top)
+        return _charts.heat_map(value, ax, self._name, "class", "group")
+
+    def _axis(self) -> str:
+        """What a vector has an entry for."""
+        return "group" if getattr(self, "num_groups", 1) > 1 else "class"
 
 
 class ClassMetric(SummedMetric):

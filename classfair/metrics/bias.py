@@ -84,6 +84,8 @@ class EffectiveFrequency(ClassMetric):
     """
 
     higher_is_better = True
+    plot_lower_bound = 0.0
+    plot_upper_bound = 1.0
     _needs_probabilities = True
 
     def compute(self) -> Tensor:

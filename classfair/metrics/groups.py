@@ -47,9 +47,13 @@ class _GroupMetric(ClassMetric):
         return between_groups(rates, self.reduction)
 
     def _draw(self, value: Any, ax: Any) -> Any:
-        if value.dim() == 3:  # rates of one group below those of the other kind
-            return _charts.heat_map(value.flatten(0, 1), ax, f"{self._name}: TPR above FPR", "class", "group")
+        if value.dim() == 3:
+            rows = [f"{rate} {g}" for rate in ("TPR", "FPR") for g in range(self.num_groups)]
+            return _charts.heat_map(value.flatten(0, 1), ax, self._name, "class", "rate of group", rows)
         return super()._draw(value, ax)
+
+    def _axis(self) -> str:
+        return "class"
 
 
 def between_groups(rates: Tensor, reduction: str) -> Tensor:
@@ -175,7 +179,5 @@ class GroupIoU(_GroupMetric):
         groups = present.sum()
         return torch.where(groups > 1, (deviation.square().sum() / (groups - 1)).sqrt(), torch.nan)
 
-    def _draw(self, value: Any, ax: Any) -> Any:
-        if value.dim() == 1:
-            return _charts.bars(range(value.numel()), value, ax, "IoU", "group")
-        return super()._draw(value, ax)
+    def _axis(self) -> str:
+        return "group"
