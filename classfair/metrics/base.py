@@ -19,6 +19,7 @@ from classfair.statistics import BatchStats
 COUNTS = ("count", "correct", "predicted")
 SUMS = ("mass", "hit")
 DIAGNOSTICS = ("invalid", "nonfinite")
+CONSTANT = ("reading", "unlike_any_other")  # states that all processes have alike
 PREDS = ("logits", "probabilities", "labels")
 
 
@@ -48,17 +49,26 @@ class SummedMetric(Metric):
         return super()._apply(lambda t: t.to(fn(t.new_empty(0)).device), exclude_state)
 
     def _sync_dist(self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any = None) -> None:
-        """One exchange for the states of each dtype instead of three collectives for each state."""
-        summed = [name for name, reduction in self._reductions.items() if reduction is dim_zero_sum]
-        for dtype in (torch.int64, torch.float64):
-            states = {name: getattr(self, name) for name in summed if getattr(self, name).dtype == dtype}
-            if not states:
-                continue
+        """One exchange for all sums of a dtype, instead of three collectives for each state."""
+        sums: dict[torch.dtype, dict[str, Tensor]] = {}
+        others = {}
+        for name, reduction in self._reductions.items():
+            state = getattr(self, name)
+            if reduction is dim_zero_sum and isinstance(state, Tensor):
+                sums.setdefault(state.dtype, {})[name] = state
+            elif name not in CONSTANT:
+                others[name] = reduction
+        for states in sums.values():
             flat = torch.cat([state.reshape(-1) for state in states.values()])
             total = torch.stack(dist_sync_fn(flat, group=process_group or self.process_group)).sum(0)
             parts = total.split([state.numel() for state in states.values()])
             for (name, state), part in zip(states.items(), parts, strict=True):
                 setattr(self, name, part.view_as(state))
+        every, self._reductions = self._reductions, others  # torchmetrics does the rest as it always does
+        try:
+            super()._sync_dist(dist_sync_fn, process_group)
+        finally:
+            self._reductions = every
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Figure and axes with a value, or with the course of a list of values (default: of ``compute()``).

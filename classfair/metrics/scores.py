@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 from torchmetrics.functional.classification import binary_auroc
 
 from classfair import _validate as check
@@ -101,7 +100,7 @@ class AUROC(_ScoreMetric):
         if not self.labels:
             self.scores = [torch.zeros(0, device=self.device)]
             self.labels = [torch.zeros(0, dtype=torch.int64, device=self.device)]
-        Metric._sync_dist(self, *args, **kwargs)
+        super()._sync_dist(*args, **kwargs)
 
     def compute(self) -> Tensor:
         scores, target = self._gathered()
