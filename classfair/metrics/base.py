@@ -221,6 +221,7 @@ class ClassMetric(SummedMetric):
                 num_classes=self.num_classes,
                 num_groups=self.num_groups,
                 ignore_index=self.ignore_index,
+                **options,
             )
         logits = check_scores(self, preds, target)
         if group is not None:

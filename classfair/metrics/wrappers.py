@@ -19,7 +19,8 @@ class StatsMetric(ClassMetric):
     For penalties, which a training loop knows of a batch only, and for metrics of your own.
 
     Args:
-        num_classes, num_groups, preds, ignore_index, kwargs: see :class:`ClassMetric`.
+        num_classes, num_groups, preds, ignore_index, kwargs: see :class:`ClassMetric`; with ``preds="labels"`` ``mass``
+            and ``hit`` are 0.
         function: from BatchStats (``prediction`` empty, ``joint`` and ``confusion`` None; ``mass`` and ``hit`` float64)
             to a tensor or a dict of tensors. To be pickled it must be a function of a module, no lambda.
 
