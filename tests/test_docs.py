@@ -39,7 +39,7 @@ def test_public_names_have_a_docstring_with_an_example(name):
 
 
 ROOT = Path(__file__).parents[1]
-OPTIONAL = {"lightning", "timm", "torchvision"}  # an import of anything else must not fail
+OPTIONAL = {"lightning", "timm", "torchmetrics", "torchvision"}  # an import of anything else must not fail
 
 
 def python_blocks(path):

@@ -101,8 +101,8 @@ def test_sdist_to_wheel_has_its_kernels(sdist, tmp_path):
 def test_importing_needs_no_extra():
     """Only torch and numpy are dependencies: the rest is imported where it is used."""
     code = (
-        "import sys; import classfair, classfair.doctor, classfair.cli;"
-        "print([m for m in ('sklearn', 'matplotlib', 'rich', 'tyro') if m in sys.modules])"
+        "import sys; import classfair, classfair.doctor, classfair.cli, classfair.metrics;"
+        "print([m for m in ('sklearn', 'matplotlib', 'rich', 'tyro', 'torchmetrics') if m in sys.modules])"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "[]"

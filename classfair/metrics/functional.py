@@ -10,39 +10,18 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
-
-
-def _values(value: Any, function: str, name: str) -> Array:
-    """The input as a float64 array on the host, or a ValueError that names it."""
-    if isinstance(value, torch.Tensor):
-        # Through double: NumPy has no bfloat16.
-        value = value.detach().to("cpu", torch.float64).numpy()
-    try:
-        return np.asarray(value, dtype=np.float64)
-    except (TypeError, ValueError):
-        raise ValueError(f"{function}: expected numbers for {name}, got {value!r:.80}") from None
-
-
-def _counts(value: Any, function: str, name: str) -> Array:
-    counts = _values(value, function, name)
-    bad = counts[~(np.isfinite(counts) & (counts >= 0))]
-    if bad.size:
-        raise ValueError(f"{function}: expected finite {name} of at least 0, got {bad[0]:g}")
-    return counts
-
-
-def _accuracies(value: Any, function: str) -> Array:
-    acc = _values(value, function, "acc")
-    if acc.ndim != 1 or acc.size == 0:
-        raise ValueError(f"{function}: expected acc of shape (C,) with C >= 1, got {acc.shape}")
-    bad = acc[(acc < 0) | (acc > 1)]
-    if bad.size:
-        raise ValueError(f"{function}: expected accuracies in [0, 1] or nan, got {bad[0]:g}")
-    return acc
+from classfair.metrics._formulas import (
+    Array,
+    as_accuracies,
+    as_counts,
+    as_numbers,
+    difficulty_groups,
+    frequency_order,
+    normal_quantile,
+    shot_groups,
+    wilson_terms,
+)
 
 
 def _mean(acc: Array) -> float:
@@ -63,9 +42,12 @@ def per_class_accuracy(correct: Any, count: Any) -> Array:
     >>> per_class_accuracy([9, 1, 0], [10, 4, 0])
     array([0.9 , 0.25,  nan])
     """
-    function = "per_class_accuracy"
-    correct = _counts(correct, function, "correct")
-    count = _counts(count, function, "count")
+    return _fractions("per_class_accuracy", correct, count)
+
+
+def _fractions(function: str, correct: Any, count: Any) -> Array:
+    correct = as_counts(correct, function, "correct")
+    count = as_counts(count, function, "count")
     if correct.shape != count.shape or correct.ndim not in (1, 2):
         raise ValueError(
             f"{function}: expected correct and count of one shape, (C,) or (G, C), "
@@ -95,7 +77,7 @@ def balanced_accuracy(acc: Any) -> float:
     >>> balanced_accuracy([0.9, 0.3, float("nan")])
     0.6
     """
-    return _mean(_accuracies(acc, "balanced_accuracy"))
+    return _mean(as_accuracies(acc, "balanced_accuracy"))
 
 
 def worst_class_accuracy(acc: Any) -> float:
@@ -110,7 +92,7 @@ def worst_class_accuracy(acc: Any) -> float:
     >>> worst_class_accuracy([0.9, 0.3, float("nan")])
     0.3
     """
-    acc = _accuracies(acc, "worst_class_accuracy")
+    acc = as_accuracies(acc, "worst_class_accuracy")
     return float("nan") if np.isnan(acc).all() else float(np.nanmin(acc))
 
 
@@ -126,7 +108,7 @@ def best_class_accuracy(acc: Any) -> float:
     >>> best_class_accuracy([0.9, 0.3, float("nan")])
     0.9
     """
-    acc = _accuracies(acc, "best_class_accuracy")
+    acc = as_accuracies(acc, "best_class_accuracy")
     return float("nan") if np.isnan(acc).all() else float(np.nanmax(acc))
 
 
@@ -150,15 +132,99 @@ def shot_accuracy(acc: Any, train_count: Any, *, many: float = 100, few: float =
     {'many': 0.9, 'medium': 0.6, 'few': 0.3}
     """
     function = "shot_accuracy"
-    acc = _accuracies(acc, function)
-    train_count = _counts(train_count, function, "train_count")
+    acc = as_accuracies(acc, function)
+    train_count = as_counts(train_count, function, "train_count")
     if train_count.shape != acc.shape:
         raise ValueError(f"{function}: expected train_count of shape {acc.shape} like acc, got {train_count.shape}")
-    if not 0 <= few <= many:
-        raise ValueError(f"{function}: expected 0 <= few <= many, got few={few}, many={many}")
-    is_many, is_few = train_count > many, train_count < few
-    groups = {"many": is_many, "medium": ~(is_many | is_few), "few": is_few}
+    groups = shot_groups(function, train_count, many, few)
     return {name: _mean(acc[members]) for name, members in groups.items()}
+
+
+def difficulty_accuracy(acc: Any, reference_acc: Any) -> dict[str, float]:
+    """Mean class accuracy of the easy, medium and hard classes, as a reference model finds them.
+
+    The classes, sorted by the reference's accuracy from high to low (ties by class id), are cut into thirds; the
+    first ones are larger where C is no multiple of three ("Classes Are Not Equal", CVPR 2024, Table 1).
+
+    Args:
+        acc: (C,) fractions in [0, 1]; nan (a class without test images) is left out.
+        reference_acc: (C,) accuracies of the reference model; a class with nan is in no third.
+
+    Returns:
+        dict with the keys easy, medium, hard; floats in [0, 1]; nan for an empty group.
+
+    >>> difficulty_accuracy([0.75, 0.2, 0.6, 1.0], [0.95, 0.3, 0.5, 0.9])
+    {'easy': 0.875, 'medium': 0.6, 'hard': 0.2}
+    """
+    function = "difficulty_accuracy"
+    acc, reference = as_accuracies(acc, function), as_accuracies(reference_acc, function, "reference_acc")
+    if reference.shape != acc.shape:
+        raise ValueError(f"{function}: expected reference_acc of shape {acc.shape} like acc, got {reference.shape}")
+    return {name: _mean(acc[members]) for name, members in difficulty_groups(reference).items()}
+
+
+def cumulative_false_positives(predicted: Any, correct: Any, train_count: Any) -> tuple[Array, float]:
+    """False positives of the classes summed from the most to the least frequent one, and how far that bends.
+
+    With FP_k = predicted_k - correct_k and classes by training images from many to few (ties by class id),
+    F(j) = sum of FP_k over k <= j. A straight line is a classifier that confuses without regard to frequency. The
+    area, mean over j of F(j) / F(C) - j / C, is above 0 where the frequent classes take more than their share, below
+    0 where the rare ones do (after Kim et al., WACV 2021).
+
+    Args:
+        predicted: (C,) images predicted as each class.
+        correct: (C,) of these the correct ones.
+        train_count: (C,) training images per class.
+
+    Returns:
+        F as a float64 array (C,), and the area in (-1, 1), nan without a false positive.
+
+    >>> cumulative_false_positives([8, 3, 1], [4, 2, 1], [500, 50, 5])
+    (array([4., 5., 5.]), 0.26666666666666666)
+    """
+    function = "cumulative_false_positives"
+    predicted, correct = as_counts(predicted, function, "predicted"), as_counts(correct, function, "correct")
+    train_count = as_counts(train_count, function, "train_count")
+    shapes = {predicted.shape, correct.shape, train_count.shape}
+    if len(shapes) > 1 or predicted.ndim != 1 or not predicted.size:
+        raise ValueError(
+            f"{function}: expected predicted, correct and train_count of one shape (C,) with C >= 1, "
+            f"got {predicted.shape}, {correct.shape} and {train_count.shape}"
+        )
+    if (correct > predicted).any():
+        c = int(np.argmax(correct - predicted))
+        raise ValueError(
+            f"{function}: expected correct <= predicted, got {correct[c]:g} > {predicted[c]:g} for class {c}"
+        )
+    curve = np.cumsum((predicted - correct)[frequency_order(train_count)])
+    if not curve[-1]:
+        return curve, float("nan")
+    return curve, float(np.mean(curve / curve[-1] - np.arange(1, curve.size + 1) / curve.size))
+
+
+def wilson_interval(correct: Any, count: Any, confidence: float = 0.95) -> tuple[Array, Array]:
+    """Interval for an accuracy measured on few images (Wilson, 1927): inside [0, 1], sensible at 0 and 1.
+
+    50 images per class leave about 14 points on either side of an accuracy of 50 %.
+
+    Args:
+        correct: correctly classified images per class, (C,) or (G, C), 0 <= correct <= count.
+        count: images per class, same shape.
+        confidence: level in (0, 1).
+
+    Returns:
+        Lower and upper bounds, float64 arrays of that shape in [0, 1], nan where ``count`` is 0.
+
+    >>> lower, upper = wilson_interval([25, 0], [50, 10])
+    >>> lower.round(3), upper.round(3)
+    (array([0.366, 0.   ]), array([0.634, 0.278]))
+    """
+    function = "wilson_interval"
+    acc = _fractions(function, correct, count)
+    n, z = as_numbers(count, function, "count"), normal_quantile(function, confidence)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        middle, half = wilson_terms(acc, n, z)
+    return np.clip(middle - half, 0, 1), np.clip(middle + half, 0, 1)
 
 
 def geometric_mean_accuracy(acc: Any, eps: float = 1e-3) -> float:
@@ -180,7 +246,7 @@ def geometric_mean_accuracy(acc: Any, eps: float = 1e-3) -> float:
     0.031623
     """
     function = "geometric_mean_accuracy"
-    acc = _accuracies(acc, function)
+    acc = as_accuracies(acc, function)
     if not 0 < eps <= 1:
         raise ValueError(f"{function}: expected eps in (0, 1], got {eps}")
     present = acc[~np.isnan(acc)]

@@ -1,0 +1,183 @@
+"""Fairness between the groups of a sensitive attribute, for any number of classes and groups."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from classfair import _validate as check
+from classfair.metrics import _charts
+from classfair.metrics.base import ClassMetric
+
+REDUCTIONS = ("difference", "ratio", "by_group", "overall")
+
+
+class _GroupMetric(ClassMetric):
+    """Rates by group, reduced as fairlearn's MetricFrame does; a rate is NaN where it has no sample."""
+
+    plot_lower_bound = 0.0
+    plot_upper_bound = 1.0
+    _choices: tuple[str, ...] = REDUCTIONS
+
+    def __init__(
+        self, num_classes: int, num_groups: int, *, reduction: str = "difference", soft: bool = False, **kwargs: Any
+    ) -> None:
+        super().__init__(num_classes, num_groups, **kwargs)
+        check.check_choice(self._name, "reduction", reduction, self._choices)
+        self.reduction, self.soft = reduction, soft
+        self._check_probabilities(soft)
+
+    def _rates(self, count: Tensor, chosen: Tensor, hit: Tensor) -> Tensor:
+        """Rates ``(..., G, C)`` from (G, C) samples, samples predicted as c, and the correct ones of these."""
+        raise NotImplementedError
+
+    def compute(self) -> Tensor:
+        tables = self.count, *((self.mass, self.hit) if self.soft else (self.predicted, self.correct))
+        count, chosen, hit = (table.double() for table in tables)
+        if self.reduction == "overall":
+            return self._rates(*(table.sum(0, keepdim=True) for table in (count, chosen, hit))).squeeze(-2)
+        rates = self._rates(count, chosen, hit)
+        return rates if self.reduction == "by_group" else self._compare(rates)
+
+    def _compare(self, rates: Tensor) -> Tensor:  # (..., G, C)
+        if self.num_classes == 2:
+            rates = rates[..., 1:]  # the positive class, as fairlearn: the ratios of the other one differ
+        return between_groups(rates, self.reduction)
+
+    def _draw(self, value: Any, ax: Any) -> Any:
+        if value.dim() == 3:
+            rows = [f"{rate} {g}" for rate in ("TPR", "FPR") for g in range(self.num_groups)]
+            return _charts.heat_map(value.flatten(0, 1), ax, self._name, "class", "rate of group", rows)
+        return super()._draw(value, ax)
+
+    def _axis(self) -> str:
+        return "class"
+
+
+def between_groups(rates: Tensor, reduction: str) -> Tensor:
+    """Largest difference, or smallest ratio, between groups (dimension -2) over all other dimensions; NaN left out."""
+    missing = rates.isnan()
+    high = rates.masked_fill(missing, -torch.inf).amax(-2)
+    low = rates.masked_fill(missing, torch.inf).amin(-2)
+    if reduction == "difference":
+        worst = (high - low).amax()  # -inf where no group has a rate
+        return torch.where(worst.isinf(), torch.nan, worst)
+    # 0 / 0 and inf / -inf are NaN: no group has the rate, or none has it above 0.
+    ratio = (low / high).nan_to_num(nan=torch.inf).amin()
+    return torch.where(ratio.isinf(), torch.nan, ratio)
+
+
+class DemographicParity(_GroupMetric):
+    r"""Whether each class is predicted equally often in every group.
+
+    The selection rate :math:`P(\hat y = c \mid g)` of a group is the share of its samples predicted as c, or with
+    ``soft`` their mean probability of c. Two classes: equal to fairlearn's ``demographic_parity_difference`` and
+    ``demographic_parity_ratio`` with class 1 as the positive one. More: the largest difference, or the smallest ratio,
+    over the classes.
+
+    Args:
+        num_classes, num_groups, preds, ignore_index, kwargs: see :class:`ClassMetric`.
+        reduction: ``"difference"`` between the largest and the smallest rate, ``"ratio"`` of the smallest to the
+            largest, ``"by_group"`` rates, or the ``"overall"`` ones.
+        soft: probabilities instead of predictions.
+
+    Returns:
+        float64 in [0, 1]: a scalar, ``(G, C)`` for ``"by_group"``, ``(C,)`` for ``"overall"``. Groups without a sample
+        are NaN and left out; so are from the ratio classes that nobody is predicted as. NaN if nothing is left.
+
+    Example:
+        >>> metric = classfair.metrics.DemographicParity(num_classes=2, num_groups=2, preds="labels")
+        >>> preds, target, group = torch.tensor([1, 1, 0, 1]), torch.tensor([1, 0, 0, 1]), torch.tensor([0, 0, 1, 1])
+        >>> metric.update(preds, target, group)
+        >>> metric.compute()  # of group 0 all, of group 1 one half
+        tensor(0.5000, dtype=torch.float64)
+    """
+
+    def _rates(self, count: Tensor, chosen: Tensor, hit: Tensor) -> Tensor:
+        return chosen / count.sum(1, keepdim=True)
+
+
+class EqualizedOdds(_GroupMetric):
+    r"""Whether every group has the same true and false positive rates of each class (Hardt et al. 2016).
+
+    Each class against the rest: :math:`\mathrm{TPR} = P(\hat y = c \mid y = c, g)` and
+    :math:`\mathrm{FPR} = P(\hat y = c \mid y \ne c, g)`; with ``soft``, mean probabilities of c. Two classes: equal to
+    fairlearn's ``equalized_odds_difference`` and ``equalized_odds_ratio`` with class 1 as the positive one, where
+    every group has samples of both classes (elsewhere fairlearn takes an undefined rate as 0). More: the largest
+    difference, or the smallest ratio, of both rates over the classes. This is what counts of O(G C) can tell;
+    confusions of a class with particular others are averaged in its FPR.
+
+    Args:
+        num_classes, num_groups, preds, ignore_index, kwargs: see :class:`ClassMetric`.
+        reduction: ``"difference"``, ``"ratio"``, ``"by_group"`` or ``"overall"``, see :class:`DemographicParity`.
+        soft: probabilities instead of predictions.
+
+    Returns:
+        float64 in [0, 1]: a scalar, ``(2, G, C)`` for ``"by_group"``, ``(2, C)`` for ``"overall"``, the TPR and then
+        the FPR. Rates without a sample are NaN and left out, rates that are 0 in all groups are left out of the ratio;
+        NaN if nothing is left.
+
+    Example:
+        >>> metric = classfair.metrics.EqualizedOdds(num_classes=2, num_groups=2, preds="labels")
+        >>> preds, target, group = torch.tensor([1, 1, 0, 1]), torch.tensor([1, 0, 0, 1]), torch.tensor([0, 0, 1, 1])
+        >>> metric.update(preds, target, group)
+        >>> metric.compute()  # FPR 1 and 0
+        tensor(1., dtype=torch.float64)
+    """
+
+    def _rates(self, count: Tensor, chosen: Tensor, hit: Tensor) -> Tensor:
+        others = count.sum(1, keepdim=True) - count
+        false = (chosen - hit).clamp_min(0)  # soft sums are rounded on their own
+        return torch.stack([hit / count, false / others])
+
+
+class GroupIoU(_GroupMetric):
+    r"""Intersection over union of labels and predictions in each group, and its spread between groups.
+
+    .. math:: \mathrm{IoU}_g = \frac{1}{|C_g|} \sum_{c \in C_g} \frac{I_{g,c}}{n_{g,c} + m_{g,c} - I_{g,c}}
+
+    with n samples of class c, m predicted as c, I both, and C_g the classes with samples in group g; with ``soft`` m
+    and I are sums of p(c|x) (Hänel et al. 2022, eq. 8-11). ``"std"`` is their σ_IOU, on predictions: the standard
+    deviation over groups with Bessel's correction.
+
+    Args:
+        num_classes, num_groups, preds, ignore_index, kwargs: see :class:`ClassMetric`.
+        reduction: ``"std"``, ``"difference"``, ``"ratio"``, ``"by_group"`` or ``"overall"`` (of all samples).
+        soft: probabilities instead of predictions.
+
+    Returns:
+        float64: ``"by_group"`` ``(G,)``, else a scalar, in [0, 1]. Groups without a sample are NaN and left out;
+        ``"std"`` of fewer than two groups is NaN.
+
+    Example:
+        >>> metric = classfair.metrics.GroupIoU(num_classes=2, num_groups=2, preds="labels", reduction="by_group")
+        >>> preds, target, group = torch.tensor([1, 1, 0, 1]), torch.tensor([1, 0, 0, 1]), torch.tensor([0, 0, 1, 1])
+        >>> metric.update(preds, target, group)
+        >>> metric.compute()  # group 0: class 0 has 0, class 1 has 1/2
+        tensor([0.2500, 1.0000], dtype=torch.float64)
+    """
+
+    _choices = ("std", *REDUCTIONS)
+
+    def __init__(self, num_classes: int, num_groups: int, *, reduction: str = "std", **kwargs: Any) -> None:
+        super().__init__(num_classes, num_groups, reduction=reduction, **kwargs)
+
+    def _rates(self, count: Tensor, chosen: Tensor, hit: Tensor) -> Tensor:  # (G, 1)
+        union = count + chosen - hit
+        return torch.where(count > 0, hit / union, torch.nan).nanmean(1, keepdim=True)
+
+    def compute(self) -> Tensor:
+        return super().compute().squeeze(-1) if self.reduction in ("by_group", "overall") else super().compute()
+
+    def _compare(self, rates: Tensor) -> Tensor:
+        if self.reduction != "std":
+            return between_groups(rates, self.reduction)
+        present = ~rates.isnan()
+        deviation = torch.where(present, rates - rates.nanmean(), 0.0)
+        groups = present.sum()
+        return torch.where(groups > 1, (deviation.square().sum() / (groups - 1)).sqrt(), torch.nan)
+
+    def _axis(self) -> str:
+        return "group"

@@ -1,0 +1,109 @@
+"""One of each torchmetrics class, and what a process does with them; imports little, because processes import it."""
+
+import warnings
+
+import torch
+import torch.distributed as dist
+
+import classfair.metrics as cm
+from classfair import effective_frequency
+
+NAN = float("nan")
+CLASSES, GROUPS = 5, 3
+TRAIN_COUNT = [20, 500, 3, 101, 50]
+REFERENCE = [0.5, 0.9, NAN, 0.9, 0.1]
+
+MAKERS = {
+    "per-class": lambda **k: cm.PerClassAccuracy(CLASSES, **k),
+    "per-class-group": lambda **k: cm.PerClassAccuracy(CLASSES, GROUPS, **k),
+    "interval": lambda **k: cm.PerClassAccuracy(CLASSES, confidence=0.9, **k),
+    "balanced": lambda **k: cm.BalancedAccuracy(CLASSES, **k),
+    "balanced-group": lambda **k: cm.BalancedAccuracy(CLASSES, GROUPS, **k),
+    "worst": lambda **k: cm.WorstClassAccuracy(CLASSES, **k),
+    "best": lambda **k: cm.BestClassAccuracy(CLASSES, **k),
+    "geometric": lambda **k: cm.GeometricMeanAccuracy(CLASSES, **k),
+    "shot": lambda **k: cm.ShotAccuracy(TRAIN_COUNT, **k),
+    "shot-group": lambda **k: cm.ShotAccuracy(TRAIN_COUNT, num_groups=GROUPS, **k),
+    "difficulty": lambda **k: cm.DifficultyAccuracy(REFERENCE, **k),
+    "bias": lambda **k: cm.PredictionBias(CLASSES, normalize="sum", **k),
+    "frequency": lambda **k: cm.EffectiveFrequency(CLASSES, **k),
+    "false-positives": lambda **k: cm.CumulativeFalsePositives(TRAIN_COUNT, **k),
+    "confusion": lambda **k: cm.ConfusionMatrix(CLASSES, **k),
+    "parity": lambda **k: cm.DemographicParity(CLASSES, GROUPS, **k),
+    "parity-overall": lambda **k: cm.DemographicParity(CLASSES, GROUPS, reduction="overall", **k),
+    "parity-soft": lambda **k: cm.DemographicParity(CLASSES, GROUPS, soft=True, reduction="ratio", **k),
+    "odds": lambda **k: cm.EqualizedOdds(CLASSES, GROUPS, **k),
+    "odds-group": lambda **k: cm.EqualizedOdds(CLASSES, GROUPS, reduction="by_group", soft=True, **k),
+    "iou": lambda **k: cm.GroupIoU(CLASSES, GROUPS, **k),
+    "iou-group": lambda **k: cm.GroupIoU(CLASSES, GROUPS, reduction="by_group", soft=True, **k),
+    "auroc": lambda **k: cm.AUROC(CLASSES, **k),
+    "auroc-ovo": lambda **k: cm.AUROC(CLASSES, multi_class="ovo", average="weighted", **k),
+    "calibration": lambda **k: cm.CalibrationError(CLASSES, **k),
+    "calibration-class": lambda **k: cm.CalibrationError(CLASSES, per_class=True, **k),
+    "stats": lambda **k: cm.StatsMetric(CLASSES, effective_frequency, **k),
+}
+SCORES = {"auroc", "auroc-ovo", "calibration", "calibration-class"}  # need the scores themselves
+STATISTICS = sorted(MAKERS.keys() - SCORES)
+
+
+def samples(rows=200, classes=CLASSES, groups=GROUPS, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    target = torch.randint(0, classes, (rows,), generator=g)
+    logits = torch.randn(rows, classes, generator=g) + torch.nn.functional.one_hot(target, classes)
+    return logits, target, torch.randint(0, groups, (rows,), generator=g)
+
+
+def update(metric, name, logits, target, group):
+    metric.update(*((logits, target) if name in SCORES else (logits, target, group)))
+
+
+def values(result):
+    """A list of NumPy arrays."""
+    return [v.numpy() for v in (result.values() if isinstance(result, dict) else [result])]
+
+
+class Own(cm.ClassMetric):
+    """A user's metric with states of its own."""
+
+    def __init__(self, **kwargs):
+        super().__init__(CLASSES, **kwargs)
+        self.add_state("largest", torch.zeros(()), dist_reduce_fx="max")
+        self.add_state("batches", torch.zeros(2), dist_reduce_fx="sum")
+        self.add_state("rows", [], dist_reduce_fx="cat")
+
+    def _add(self, stats):
+        super()._add(stats)
+        self.largest = torch.maximum(self.largest, stats.mass.amax())
+        self.batches = self.batches + 1
+        self.rows.append(stats.prediction.float())  # torchmetrics fills an empty list with floats
+
+    def compute(self):
+        rows = torch.cat(self.rows) if isinstance(self.rows, list) else self.rows
+        return torch.cat([self.largest[None], self.batches, rows.double().mean()[None]])
+
+
+AVERAGED = {**MAKERS, "own": Own, "average": lambda **k: cm.BatchAverage(cm.DemographicParity(CLASSES, GROUPS), **k)}
+SPLITS = ([(0, 200)], [(0, 50), (50, 200)], [(0, 150), (0, 0), (150, 200)])  # rows of each process: one, two, three
+
+
+def run_rank(rank, world, path, results):
+    """Every metric on the rows of this process, in groups of one, two and three processes."""
+    warnings.simplefilter("ignore")
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
+    logits, target, group = samples()
+    found = {}
+    for splits in SPLITS:
+        processes = dist.new_group(range(len(splits)))
+        if rank >= len(splits):
+            continue
+        start, stop = splits[rank]
+        for name, make in AVERAGED.items():
+            metric = make(process_group=processes)
+            for first in range(start, stop, 50):
+                rows = slice(first, min(first + 50, stop))
+                update(metric, name, logits[rows], target[rows], group[rows])
+            found[len(splits), name] = values(metric.compute())
+            if name in STATISTICS:  # its own again after compute
+                assert metric.count.sum() == stop - start
+    results[rank] = found
+    dist.destroy_process_group()

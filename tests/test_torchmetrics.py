@@ -1,0 +1,716 @@
+"""The torchmetrics classes: against scikit-learn, fairlearn, torchmetrics and the functions; states and processes."""
+
+import math
+import pickle
+import subprocess
+import sys
+import warnings
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+from fairlearn import metrics as fairlearn
+from scipy.stats import binomtest
+from sklearn.metrics import confusion_matrix, jaccard_score, roc_auc_score
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassCalibrationError, MulticlassJaccardIndex
+
+import classfair.metrics as cm
+from classfair import cross_entropy_with_stats
+from tests.fairness_metrics import (
+    AVERAGED,
+    CLASSES,
+    GROUPS,
+    MAKERS,
+    REFERENCE,
+    SCORES,
+    STATISTICS,
+    TRAIN_COUNT,
+    run_rank,
+    samples,
+    update,
+    values,
+)
+
+matplotlib.use("Agg")
+pytestmark = pytest.mark.filterwarnings("ignore:The ``compute`` method of metric:UserWarning")
+every_metric = pytest.mark.parametrize("name", MAKERS)
+
+
+def assert_same(a, b, exact=False):
+    for x, y in zip(values(a), values(b), strict=True):
+        if exact:
+            np.testing.assert_array_equal(x, y)
+        else:
+            np.testing.assert_allclose(x, y, rtol=1e-6)  # probabilities of float32 logits are added up per batch
+
+
+def predictions(logits, target):
+    return logits.argmax(1).numpy(), target.numpy()
+
+
+# --- values -----------------------------------------------------------------------------------------------------------
+
+
+def test_accuracies_equal_the_functions():
+    logits, target, group = samples()
+    prediction, truth = predictions(logits, target)
+    matrix = confusion_matrix(truth, prediction, labels=range(CLASSES))
+    correct, count = matrix.diagonal(), matrix.sum(1)
+    acc = cm.per_class_accuracy(correct, count)
+    twins = {
+        "per-class": acc,
+        "balanced": cm.balanced_accuracy(acc),
+        "worst": cm.worst_class_accuracy(acc),
+        "best": cm.best_class_accuracy(acc),
+        "geometric": cm.geometric_mean_accuracy(acc),
+        "shot": list(cm.shot_accuracy(acc, TRAIN_COUNT).values()),
+        "difficulty": list(cm.difficulty_accuracy(acc, REFERENCE).values()),
+        "interval": [acc, *cm.wilson_interval(correct, count, 0.9)],
+        "confusion": matrix,
+    }
+    for name, expected in twins.items():
+        metric = MAKERS[name]()
+        metric.update(logits, target, group)
+        result = metric.compute()
+        result = torch.stack(list(result.values())) if isinstance(result, dict) else result
+        np.testing.assert_allclose(result, expected, rtol=1e-12, err_msg=name)
+    curve, area = cm.cumulative_false_positives(matrix.sum(0), correct, TRAIN_COUNT)
+    metric = MAKERS["false-positives"]()
+    metric.update(logits, target)
+    np.testing.assert_array_equal(metric.compute()["curve"], curve)
+    assert metric.compute()["area"].item() == pytest.approx(area, abs=1e-15)
+
+
+def test_accuracy_of_groups():
+    logits, target, group = samples()
+    metric = MAKERS["balanced-group"]()
+    metric.update(logits, target, group)
+    for g in range(GROUPS):
+        one = MAKERS["balanced"]()
+        one.update(logits[group == g], target[group == g])
+        assert metric.compute()[g] == one.compute()
+    shots = cm.ShotAccuracy(TRAIN_COUNT, num_groups=GROUPS)
+    shots.update(logits, target, group)
+    assert shots.compute()["few"].shape == (GROUPS,)
+
+
+@pytest.mark.parametrize(("correct", "count", "confidence"), [(0, 10, 0.95), (25, 50, 0.95), (50, 50, 0.99)])
+def test_wilson_interval_against_scipy(correct, count, confidence):
+    expected = binomtest(correct, count).proportion_ci(confidence, method="wilson")
+    lower, upper = cm.wilson_interval([correct], [count], confidence)
+    assert (lower[0], upper[0]) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+def test_prediction_bias_from_its_definition():
+    logits, target, _ = samples()
+    p, own = logits.double().softmax(1), torch.nn.functional.one_hot(target, CLASSES)
+    g_n, g_p = (p * (1 - own)).sum(0), (p * own).sum(0)
+    divisors = {None: (1, 1), "sum": (g_n.sum(), g_p.sum()), "samples": (200, 200)}
+    for normalize, (a, b) in divisors.items():
+        metric = cm.PredictionBias(CLASSES, normalize=normalize)
+        metric.update(logits, target)
+        assert_same(metric.compute(), {"G_n": g_n / a, "G_p": g_p / b})
+    metric = MAKERS["frequency"]()
+    metric.update(logits, target)
+    assert_same(metric.compute(), g_p / target.bincount())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_binary_fairness_equals_fairlearn(seed):
+    logits, target, group = samples(classes=2, seed=seed)
+    prediction, truth = predictions(logits, target)
+    frame = {"y_true": truth, "y_pred": prediction, "sensitive_features": group.numpy()}
+    for metric, name in ((cm.DemographicParity, "demographic_parity"), (cm.EqualizedOdds, "equalized_odds")):
+        for reduction in ("difference", "ratio"):
+            ours = metric(2, GROUPS, reduction=reduction)
+            ours.update(logits, target, group)
+            expected = getattr(fairlearn, f"{name}_{reduction}")(**frame)
+            assert ours.compute().item() == pytest.approx(expected, abs=1e-12), (name, reduction)
+
+
+def test_multi_class_fairness_is_the_worst_class_against_the_rest():
+    logits, target, group = samples()
+    prediction, truth = predictions(logits, target)
+    for metric, name in ((cm.DemographicParity, "demographic_parity"), (cm.EqualizedOdds, "equalized_odds")):
+        for reduction, worst in (("difference", max), ("ratio", min)):
+            ours = metric(CLASSES, GROUPS, reduction=reduction)
+            ours.update(logits, target, group)
+            expected = [
+                getattr(fairlearn, f"{name}_{reduction}")(truth == c, prediction == c, sensitive_features=group.numpy())
+                for c in range(CLASSES)
+            ]
+            assert ours.compute().item() == pytest.approx(worst(expected), abs=1e-12), (name, reduction)
+
+
+def test_rates_by_group_and_overall_equal_a_metric_frame():
+    logits, target, group = samples()
+    prediction, truth = predictions(logits, target)
+    rates = {"tpr": fairlearn.true_positive_rate, "fpr": fairlearn.false_positive_rate}
+    by_group, overall = (cm.EqualizedOdds(CLASSES, GROUPS, reduction=r) for r in ("by_group", "overall"))
+    for metric in (by_group, overall):
+        metric.update(logits, target, group)
+    for c in range(CLASSES):
+        frame = fairlearn.MetricFrame(
+            metrics=rates, y_true=truth == c, y_pred=prediction == c, sensitive_features=group.numpy()
+        )
+        np.testing.assert_allclose(by_group.compute()[:, :, c].T, frame.by_group.to_numpy(dtype=float))
+        np.testing.assert_allclose(overall.compute()[:, c], frame.overall.to_numpy(dtype=float))
+
+
+def test_soft_rates_from_their_definition():
+    logits, target, group = samples()
+    p = logits.double().softmax(1)
+    parity = cm.DemographicParity(CLASSES, GROUPS, soft=True, reduction="by_group")
+    odds = cm.EqualizedOdds(CLASSES, GROUPS, soft=True, reduction="by_group")
+    for metric in (parity, odds):
+        metric.update(logits, target, group)
+    for g in range(GROUPS):
+        np.testing.assert_allclose(parity.compute()[g], p[group == g].mean(0), rtol=1e-5)
+        for c in range(CLASSES):
+            own = (group == g) & (target == c)
+            other = (group == g) & (target != c)
+            np.testing.assert_allclose(odds.compute()[:, g, c], [p[own, c].mean(), p[other, c].mean()], rtol=1e-5)
+
+
+def test_iou_against_scikit_learn_and_torchmetrics():
+    logits, target, group = samples()
+    prediction, truth = predictions(logits, target)
+    metrics = {r: cm.GroupIoU(CLASSES, GROUPS, reduction=r) for r in ("by_group", "std", "overall", "difference")}
+    for metric in metrics.values():
+        metric.update(logits, target, group)
+    rows = [(group == g).numpy() for g in range(GROUPS)]
+    expected = [jaccard_score(truth[r], prediction[r], average="macro") for r in rows]
+    np.testing.assert_allclose(metrics["by_group"].compute(), expected)
+    assert metrics["std"].compute().item() == pytest.approx(np.std(expected, ddof=1))
+    assert metrics["difference"].compute().item() == pytest.approx(max(expected) - min(expected))
+    whole = MulticlassJaccardIndex(CLASSES)(logits, target).item()
+    assert metrics["overall"].compute().item() == pytest.approx(whole, rel=1e-6)
+
+
+def test_soft_iou_by_hand():
+    p = torch.tensor([[0.75, 0.25], [0.5, 0.5], [1.0, 0.0]])
+    metric = cm.GroupIoU(2, 2, soft=True, reduction="by_group", preds="probabilities")
+    metric.update(p, torch.tensor([0, 1, 0]), torch.tensor([0, 0, 1]))
+    # Group 0: I = (.75, .5), n = (1, 1), m = (1.25, .75). Group 1 has class 0 only, perfectly predicted.
+    expected = [(0.75 / (1 + 1.25 - 0.75) + 0.5 / (1 + 0.75 - 0.5)) / 2, 1.0]
+    np.testing.assert_allclose(metric.compute(), expected)
+
+
+@pytest.mark.parametrize("average", ["macro", "weighted"])
+@pytest.mark.parametrize("multi_class", ["ovr", "ovo"])
+def test_auroc_against_scikit_learn(multi_class, average):
+    logits, target, _ = samples()
+    metric = cm.AUROC(CLASSES, multi_class=multi_class, average=average)
+    for rows in (slice(0, 30), slice(30, 30), slice(30, 200)):
+        metric.update(logits[rows], target[rows])
+    expected = roc_auc_score(target, logits.double().softmax(1), multi_class=multi_class, average=average)
+    assert metric.compute().item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_binary_auroc_and_undefined_ones():
+    logits, target, _ = samples(classes=2)
+    metric = cm.AUROC(2)
+    metric.update(logits, target)
+    assert metric.compute().item() == pytest.approx(roc_auc_score(target, (logits[:, 1] - logits[:, 0])), abs=1e-6)
+    alone = cm.AUROC(2)
+    alone.update(logits, torch.zeros_like(target))
+    assert math.isnan(alone.compute())
+    per_class = cm.AUROC(3, average="none")
+    logits, target, _ = samples(classes=3)
+    per_class.update(logits, target.clamp_max(1))
+    assert per_class.compute().isnan().tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2", "max"])
+def test_calibration_error_equals_torchmetrics(norm):
+    logits, target, _ = samples(1000)
+    logits[:20] *= 1000  # confidence exactly 1
+    ours, theirs = cm.CalibrationError(CLASSES, norm=norm), MulticlassCalibrationError(CLASSES, norm=norm)
+    for rows in (slice(0, 300), slice(300, 1000)):
+        ours.update(logits[rows], target[rows])
+        theirs.update(logits[rows], target[rows])
+    assert ours.compute().item() == pytest.approx(theirs.compute().item(), rel=1e-5)
+
+
+def test_calibration_of_each_predicted_class():
+    logits, target, _ = samples(1000)
+    metric = MAKERS["calibration-class"]()
+    metric.update(logits, target)
+    for c in range(CLASSES):
+        rows = logits.argmax(1) == c
+        one = MAKERS["calibration"]()
+        one.update(logits[rows], target[rows])
+        assert metric.compute()[c] == one.compute()
+
+
+# --- inputs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_statistics_of_the_loss_give_the_same(name):
+    logits, target, group = samples()
+    direct, saved, plain = (MAKERS[name]() for _ in range(3))
+    direct.update(logits, target, group)
+    _, stats = cross_entropy_with_stats(logits.requires_grad_(), target, group=group, num_groups=GROUPS, confusion=True)
+    saved.update_from(stats)
+    plain.update(stats)
+    assert_same(saved.compute(), direct.compute())
+    assert_same(saved.compute(), plain.compute(), exact=True)
+    assert not any(s.requires_grad for s in saved.metric_state.values())
+    assert saved.update_count == 1
+
+
+@every_metric
+def test_batches_equal_the_whole(name):
+    logits, target, group = samples()
+    target[7], target[50] = -100, -100
+    whole, parts, forward = (MAKERS[name]() for _ in range(3))
+    update(whole, name, logits, target, group)
+    for rows in (slice(0, 17), slice(17, 17), slice(17, 180), slice(180, 200)):
+        update(parts, name, logits[rows], target[rows], group[rows])
+        arguments = (logits[rows], target[rows], group[rows])
+        forward(*arguments[: 2 if name in SCORES else 3])
+    assert_same(parts.compute(), whole.compute())
+    assert_same(forward.compute(), whole.compute())
+
+
+@pytest.mark.parametrize("name", sorted(set(STATISTICS) - {"bias", "frequency", "stats", "odds-group"}))
+def test_labels_instead_of_logits(name):
+    if name in ("parity-soft", "iou-group"):
+        with pytest.raises(ValueError, match="expected preds 'logits' or 'probabilities', got 'labels'"):
+            MAKERS[name](preds="labels")
+        return
+    logits, target, group = samples()
+    target[3], group[5] = -100, -1
+    a, b = MAKERS[name](), MAKERS[name](preds="labels")
+    a.update(logits, target, group)
+    b.update(logits.argmax(1), target, group)
+    assert_same(a.compute(), b.compute(), exact=True)
+
+
+@every_metric
+def test_probabilities_instead_of_logits(name):
+    logits, target, group = samples()
+    logits[0, 1:] = -torch.inf
+    a, b = MAKERS[name](), MAKERS[name](preds="probabilities")
+    update(a, name, logits, target, group)
+    update(b, name, logits.softmax(1), target, group)
+    for x, y in zip(values(a.compute()), values(b.compute()), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5)
+
+
+def test_pixels_are_samples():
+    logits, target, group = samples(120)
+    a, b = MAKERS["odds"](), MAKERS["odds"]()
+    a.update(logits, target, group)
+    shaped = logits.view(2, 6, 10, CLASSES).permute(0, 3, 1, 2)
+    b.update(shaped, target.view(2, 6, 10), group.view(2, 6, 10))
+    assert_same(a.compute(), b.compute(), exact=True)
+    for name in SCORES:
+        a, b = MAKERS[name](), MAKERS[name]()
+        a.update(logits, target)
+        b.update(shaped, target.view(2, 6, 10))
+        assert_same(a.compute(), b.compute())
+
+
+def test_rows_that_do_not_count():
+    logits, target, group = samples()
+    logits[0, 0], target[1], group[2] = float("nan"), -100, -1
+    kept = slice(3, None)
+    for name in MAKERS:
+        a, b = MAKERS[name](), MAKERS[name]()
+        rows = slice(2, None) if getattr(a, "num_groups", 1) == 1 else kept  # one group: no row is without it
+        update(a, name, logits, target, group)
+        update(b, name, logits[rows], target[rows], group[rows])
+        assert_same(a.compute(), b.compute())
+    assert MAKERS["balanced"]().nonfinite == 0
+    metric = MAKERS["balanced"]()
+    metric.update(logits, target)
+    assert metric.nonfinite == 1
+
+
+# --- corners ----------------------------------------------------------------------------------------------------------
+
+
+@every_metric
+def test_no_sample_is_nan_and_no_exception(name):
+    none = MAKERS[name]()
+    nothing = MAKERS[name]()
+    update(nothing, name, torch.zeros(0, CLASSES), *(torch.zeros(2, 0, dtype=torch.int64)))
+    for metric in (none, nothing):
+        result = metric.compute()
+        floats = [v for v in values(result) if v.dtype.kind == "f"]
+        assert floats or name == "confusion"
+        for v in floats:
+            assert np.isnan(v).all()
+
+
+@every_metric
+def test_an_absent_class_and_an_empty_group(name):
+    logits, target, group = samples()
+    target, group = target.clamp_max(CLASSES - 2), group.clamp_max(GROUPS - 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        metric = MAKERS[name]()
+        update(metric, name, logits, target, group)
+        result = metric.compute()
+    if not isinstance(result, dict) and result.dim() == 0:
+        assert not result.isnan()
+    if name == "per-class":
+        assert result.isnan().tolist() == [False] * (CLASSES - 1) + [True]
+    if name == "iou-group":
+        assert result.isnan().tolist() == [False, False, True]
+
+
+def test_one_class_and_one_group():
+    logits, target = torch.randn(6, 1), torch.zeros(6, dtype=torch.int64)
+    for name in ("PerClassAccuracy", "BalancedAccuracy", "WorstClassAccuracy", "GeometricMeanAccuracy"):
+        metric = getattr(cm, name)(1)
+        metric.update(logits, target)
+        assert metric.compute() == 1
+    sigma, parity, odds = cm.GroupIoU(1, 1), cm.DemographicParity(1, 1), cm.EqualizedOdds(1, 1)
+    for metric in (sigma, parity, odds):
+        metric.update(logits, target)
+    assert math.isnan(sigma.compute())  # no spread of one
+    assert parity.compute() == odds.compute() == 0  # as in fairlearn
+    calibration = cm.CalibrationError(1)
+    calibration.update(logits, target)
+    assert calibration.compute() == 0
+
+
+def test_area_of_false_positives_without_one_is_nan():
+    metric = MAKERS["false-positives"](preds="labels")
+    metric.update(torch.tensor([1, 2]), torch.tensor([1, 2]))
+    assert metric.compute()["curve"].tolist() == [0] * CLASSES
+    assert math.isnan(metric.compute()["area"])
+
+
+def test_a_ratio_leaves_out_what_nobody_is_predicted_as():
+    metric = cm.DemographicParity(3, 2, reduction="ratio", preds="labels")
+    metric.update(torch.tensor([0, 1, 0, 0]), torch.tensor([0, 1, 0, 2]), torch.tensor([0, 0, 1, 1]))
+    assert metric.compute() == 0  # class 1: 1/2 and 0; class 2: never
+    metric = cm.DemographicParity(3, 2, reduction="ratio", preds="labels")
+    metric.update(torch.tensor([0, 0, 0]), torch.tensor([0, 1, 0]), torch.tensor([0, 0, 1]))
+    assert metric.compute() == 1
+
+
+# --- states -----------------------------------------------------------------------------------------------------------
+
+
+@every_metric
+def test_copies_and_resets(name):
+    logits, target, group = samples()
+    metric, other = MAKERS[name](), MAKERS[name]()
+    update(metric, name, logits[:80], target[:80], group[:80])
+    if name in STATISTICS:
+        assert metric.state_dict() == {}
+    for copy in (metric.clone(), pickle.loads(pickle.dumps(metric))):
+        assert_same(copy.compute(), metric.compute(), exact=True)
+        update(copy, name, logits[80:], target[80:], group[80:])
+        update(other, name, logits[80:], target[80:], group[80:])
+        other.merge_state(metric)
+        assert_same(other.compute(), copy.compute())
+        other.reset()
+    fresh = MAKERS[name]()
+    update(fresh, name, logits[:80], target[:80], group[:80])
+    metric.reset()
+    update(metric, name, logits[:80], target[:80], group[:80])
+    assert_same(metric.compute(), fresh.compute(), exact=True)
+
+
+@every_metric
+def test_states_keep_their_precision(name):
+    logits, target, group = samples()
+    metric, expected = MAKERS[name](), MAKERS[name]()
+    update(expected, name, logits, target, group)
+    update(metric, name, logits[:90], target[:90], group[:90])
+    metric.half().to(torch.bfloat16)
+    torch.nn.ModuleDict({"metric": metric}).to(torch.float16)
+    update(metric, name, logits[90:], target[90:], group[90:])
+    for state, default in metric._defaults.items():
+        if isinstance(default, torch.Tensor):
+            assert getattr(metric, state).dtype == default.dtype in (torch.int64, torch.float64)
+    assert_same(metric.compute(), expected.compute())
+    metric.reset()
+    assert metric.to("meta").device.type == "meta"
+
+
+def test_memory_is_groups_times_classes():
+    classes, groups = 21841, 3
+    counts = torch.arange(classes)
+    for metric in (
+        cm.PerClassAccuracy(classes, groups),
+        cm.EqualizedOdds(classes, groups),
+        cm.GroupIoU(classes, groups),
+        cm.ShotAccuracy(counts, num_groups=groups),
+        cm.PredictionBias(classes, groups),
+    ):
+        assert sum(s.numel() for s in metric.metric_state.values()) <= 5 * groups * classes + 8
+    labels = cm.WorstClassAccuracy(classes, preds="labels")
+    labels.update(counts, counts.flip(0))
+    assert labels.compute() == 0
+    assert sum(s.numel() for s in cm.CalibrationError(classes).metric_state.values()) < 100
+    with pytest.raises(ValueError, match=r"ConfusionMatrix: expected at most 4096 classes, got 21841 \(3.8 GB\)"):
+        cm.ConfusionMatrix(classes)
+
+
+class Forbidden(TorchDispatchMode):
+    """What waits for the device, or has a shape that depends on values."""
+
+    names = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "bincount", "is_nonzero")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert not any(name in str(func) for name in self.names), func
+        if "aten.index.Tensor" in str(func):
+            assert not any(i is not None and i.dtype == torch.bool for i in args[1]), func
+        return func(*args, **(kwargs or {}))
+
+
+@every_metric
+def test_updates_do_not_wait_for_the_device(name):
+    logits, target, group = samples()
+    _, stats = cross_entropy_with_stats(logits, target, group=group, num_groups=GROUPS, confusion=True)
+    metric = MAKERS[name]()
+    with Forbidden():
+        update(metric, name, logits, target, group)
+        if name in STATISTICS:
+            metric.update_from(stats)
+            metric.compute()  # of statistics it does not either
+    average = cm.BatchAverage(MAKERS["odds"]())
+    with Forbidden():
+        average.update(logits, target, group)
+
+
+def test_labels_do_not_wait_for_another_device_either():
+    metric = MAKERS["odds"](preds="labels").to("meta")  # a device from which nothing can be read
+    rows = torch.zeros(7, dtype=torch.int64, device="meta")
+    metric.update(rows, rows, rows)
+    assert metric.count.device.type == "meta"
+
+
+# --- collections and wrappers -----------------------------------------------------------------------------------------
+
+
+def test_a_collection_updates_equal_states_once():
+    names = [n for n in STATISTICS if n != "confusion"]
+    logits, target, group = samples()
+    collection = MetricCollection({n: MAKERS[n]() for n in names})
+    saved = MetricCollection({n: MAKERS[n]() for n in names})
+    for rows in (slice(0, 60), slice(60, 200)):
+        collection.update(logits[rows], target[rows], group=group[rows])
+        _, stats = cross_entropy_with_stats(logits[rows], target[rows], group=group[rows], num_groups=GROUPS)
+        saved.update(stats)
+    assert len(collection.compute_groups) == 2  # one group of samples, or GROUPS
+    a, b = collection.compute(), saved.compute()
+    assert a.keys() == b.keys()
+    for key in a:
+        np.testing.assert_allclose(a[key], b[key], rtol=1e-6)
+    assert a["balanced"] == cm.balanced_accuracy(a["per-class"])
+
+
+def test_a_collection_keeps_different_readings_apart():
+    logits, target, _ = samples()
+    collection = MetricCollection(
+        {"all": cm.BalancedAccuracy(CLASSES), "without": cm.BalancedAccuracy(CLASSES, ignore_index=0)}
+    )
+    first = target != 0  # both have the same states after it
+    collection.update(logits[first], target[first])
+    collection.update(logits[~first], target[~first])
+    acc = cm.PerClassAccuracy(CLASSES)
+    acc.update(logits, target)
+    result = collection.compute()
+    assert result["all"] == acc.compute().mean()
+    assert result["without"] == acc.compute()[1:].mean()
+
+
+def test_members_of_a_collection_can_be_updated_one_by_one():
+    logits, target, _ = samples()
+    collection = MetricCollection([cm.BalancedAccuracy(CLASSES), cm.WorstClassAccuracy(CLASSES)])
+    collection.update(logits, target)
+    _, stats = cross_entropy_with_stats(logits, target)
+    for metric in collection.values(copy_state=False):
+        metric.update_from(stats)
+    for metric in collection.values():
+        assert metric.count.sum() == 400
+
+
+def test_batch_average_by_hand():
+    logits, target, group = samples()
+    group[:100] = 0  # the first batch has one group: no spread, left out
+    metric = cm.BatchAverage(cm.GroupIoU(CLASSES, GROUPS))
+    total = 0.0
+    for rows in (slice(0, 40), slice(100, 160), slice(160, 200)):
+        metric.update(logits[rows], target[rows], group[rows])
+        if rows.start:
+            one = cm.GroupIoU(CLASSES, GROUPS)
+            one.update(logits[rows], target[rows], group[rows])
+            total += one.compute().item() * (rows.stop - rows.start)
+    assert metric.compute().item() == pytest.approx(total / 100)
+    assert pickle.loads(pickle.dumps(metric)).compute() == metric.compute()
+    metric.reset()
+    assert math.isnan(metric.compute())
+
+
+def test_batch_averages_never_share_states():
+    logits, target, _ = samples()
+    perfect = torch.nn.functional.one_hot(target, CLASSES).float()
+    collection = MetricCollection(
+        {k: cm.BatchAverage(m(CLASSES)) for k, m in (("best", cm.BestClassAccuracy), ("worst", cm.WorstClassAccuracy))}
+    )
+    collection.update(perfect, target)  # both 1
+    collection.update(logits, target)
+    result = collection.compute()
+    assert result["best"] > result["worst"]
+
+
+# --- processes --------------------------------------------------------------------------------------------------------
+
+
+def test_processes_equal_one(tmp_path):
+    """One, two and three processes, one of which never has a sample."""
+    logits, target, group = samples()
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(run_rank, (3, str(tmp_path / "rendezvous"), results), nprocs=3)
+        results = dict(results)
+    assert [len(results[rank]) for rank in range(3)] == [3 * len(AVERAGED), 2 * len(AVERAGED), len(AVERAGED)]
+    for name, make in AVERAGED.items():
+        metric = make()
+        for first in range(0, 200, 50):
+            rows = slice(first, first + 50)
+            update(metric, name, logits[rows], target[rows], group[rows])
+        expected = values(metric.compute())
+        for rank in range(3):
+            for processes in range(rank + 1, 4):
+                for x, y in zip(results[rank][processes, name], expected, strict=True):
+                    np.testing.assert_allclose(x, y, rtol=1e-6 if name in SCORES else 1e-12, err_msg=name)
+
+
+# --- plots ------------------------------------------------------------------------------------------------------------
+
+
+@every_metric
+def test_plots(name):
+    import matplotlib.pyplot as plt
+
+    logits, target, group = samples()
+    metric = MAKERS[name]()
+    update(metric, name, logits, target, group)
+    figure, axes = metric.plot()
+    assert figure is not None
+    assert axes.has_data()
+    assert metric.plot(ax=plt.figure().subplots())[0] is None
+    plt.close("all")
+    if not isinstance(metric.compute(), dict) and metric.compute().dim() == 0:
+        _, axes = metric.plot([metric.compute(), metric.compute()])
+        assert axes.get_xlabel() == "Step"
+    plt.close("all")
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+ROWS = (torch.zeros(4, CLASSES), torch.zeros(4, dtype=torch.int64))
+STATS = cross_entropy_with_stats(*ROWS)[1]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: cm.BalancedAccuracy(0), "BalancedAccuracy: expected num_classes >= 1, got 0"),
+        (lambda: cm.BalancedAccuracy(2.0), "BalancedAccuracy: expected num_classes as an int, got float"),
+        (lambda: cm.DemographicParity(2, 0), "DemographicParity: expected num_groups >= 1, got 0"),
+        (lambda: cm.BalancedAccuracy(2, preds="raw"), "BalancedAccuracy: expected preds 'logits', 'probabilities' or"),
+        (lambda: cm.BalancedAccuracy(2, ignore_index=None), "BalancedAccuracy: expected ignore_index as an int"),
+        (lambda: cm.PerClassAccuracy(2, confidence=1.0), r"PerClassAccuracy: expected confidence in \(0, 1\), got 1.0"),
+        (lambda: cm.GeometricMeanAccuracy(2, eps=0), r"GeometricMeanAccuracy: expected eps in \(0, 1\], got 0"),
+        (lambda: cm.ShotAccuracy([[1]]), r"ShotAccuracy: expected train_count of shape \(C,\)"),
+        (lambda: cm.ShotAccuracy([1], many=1, few=2), "ShotAccuracy: expected 0 <= few <= many"),
+        (lambda: cm.DifficultyAccuracy([1.5]), r"DifficultyAccuracy: expected accuracies in \[0, 1\] or nan, got 1.5"),
+        (lambda: cm.CumulativeFalsePositives([-1]), "CumulativeFalsePositives: expected finite train_count"),
+        (lambda: cm.PredictionBias(2, preds="labels"), "PredictionBias: expected preds 'logits' or 'probabilities'"),
+        (lambda: cm.PredictionBias(2, normalize="l2"), "PredictionBias: expected normalize None, 'sum' or 'samples'"),
+        (lambda: cm.DemographicParity(2, 2, reduction="std"), "DemographicParity: expected reduction 'difference'"),
+        (lambda: cm.EqualizedOdds(2, 2, soft=True, preds="labels"), "EqualizedOdds: expected preds 'logits' or"),
+        (lambda: cm.AUROC(1), "AUROC: expected num_classes >= 2, got 1"),
+        (lambda: cm.AUROC(3, multi_class="ovo", average="none"), "AUROC: expected average 'macro' or 'weighted'"),
+        (lambda: cm.AUROC(3, preds="labels"), "AUROC: expected preds 'logits' or 'probabilities', got 'labels'"),
+        (lambda: cm.CalibrationError(3, n_bins=0), "CalibrationError: expected n_bins >= 1, got 0"),
+        (lambda: cm.StatsMetric(3, None), "StatsMetric: expected function to be callable, got NoneType"),
+        (lambda: cm.BatchAverage(cm.AUROC(3)), "BatchAverage: expected a ClassMetric, got AUROC"),
+        (lambda: cm.BatchAverage(cm.ShotAccuracy([1])), "BatchAverage: expected a metric with one tensor, got dict"),
+        (lambda: cm.BalancedAccuracy(3).update(*ROWS), r"BalancedAccuracy: expected logits of shape \(N, 3\) or"),
+        (lambda: cm.BalancedAccuracy(5).update(ROWS[0]), "BalancedAccuracy: expected target with preds, got None"),
+        (
+            lambda: cm.BalancedAccuracy(5).update(ROWS[1], ROWS[1]),
+            "expected logits as a floating tensor, got torch.int",
+        ),
+        (lambda: cm.BalancedAccuracy(5).update(STATS, ROWS[1]), "BalancedAccuracy: expected statistics alone"),
+        (lambda: cm.BalancedAccuracy(5).update_from(1), "BalancedAccuracy: expected stats as BatchStats, got int"),
+        (lambda: cm.BalancedAccuracy(3).update_from(STATS), r"expected statistics of shape \(1, 3\), got \(1, 5\)"),
+        (lambda: cm.DemographicParity(5, 2).update_from(STATS), r"expected statistics of shape \(2, 5\), got \(1, 5\)"),
+        (lambda: cm.DemographicParity(5, 2).update(*ROWS), "DemographicParity: expected group with num_groups=2"),
+        (lambda: cm.ConfusionMatrix(5).update(STATS), "ConfusionMatrix: expected statistics made with confusion=True"),
+        (lambda: cm.AUROC(5).update(STATS, ROWS[1]), "AUROC: expected logits, got BatchStats"),
+        (lambda: cm.AUROC(5).update(ROWS[0], ROWS[1][1:]), r"AUROC: expected target of shape \(4,\), got \(3,\)"),
+        (lambda: cm.BalancedAccuracy(5).to("meta").update(*ROWS), "expected statistics on the device of the metric"),
+        (
+            lambda: cm.BalancedAccuracy(5, preds="labels").update(ROWS[1], ROWS[1] + 5),
+            r"BalancedAccuracy: expected labels in \[0, 5\) and groups in \[-1, 1\), got others in row 0",
+        ),
+        (lambda: cm.BalancedAccuracy(5, preds="labels").update(*ROWS), "expected preds of dtype torch.int64"),
+        (
+            lambda: cm.BalancedAccuracy(5).update(ROWS[0], ROWS[1][1:]),
+            r"BalancedAccuracy: expected target of shape \(4,\)",
+        ),
+        (
+            lambda: cm.GroupIoU(5, 2).update(*ROWS, ROWS[0]),
+            "GroupIoU: expected group of dtype torch.int64, got torch.f",
+        ),
+        (lambda: cm.BalancedAccuracy(5).update(ROWS[0], ROWS[1] + 5), r"expected label in \[0, 5\)"),
+        (lambda: cm.BalancedAccuracy(5, no_such_option=1), "Unexpected keyword arguments: `no_such_option`"),
+    ],
+)
+def test_wrong_use_says_what_was_expected(call, message):
+    with pytest.raises((TypeError, ValueError, IndexError), match=message):
+        call()
+
+
+def test_a_refused_batch_leaves_the_states_alone():
+    metric = cm.BalancedAccuracy(5)
+    metric.update(*ROWS)
+    with pytest.raises(IndexError):
+        metric.update(ROWS[0], ROWS[1] + 7)
+    assert metric.count.sum() == 4
+
+
+def test_without_torchmetrics_the_functions_work_and_the_classes_name_the_extra():
+    code = """
+import sys
+sys.modules["torchmetrics"] = None
+import classfair, classfair.metrics
+from classfair import metrics
+assert metrics.balanced_accuracy([0.5, 1.0]) == 0.75
+assert "BalancedAccuracy" in dir(metrics)
+for name in sorted(metrics._MODULE):
+    try:
+        getattr(metrics, name)
+    except ModuleNotFoundError as error:
+        print(error)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    lines = ran.stdout.splitlines()
+    assert len(lines) == len(cm._MODULE)
+    assert lines[0] == 'classfair.metrics.AUROC: expected torchmetrics, got none; pip install "classfair[metrics]"'
+
+
+def test_names():
+    assert {name for name in cm.__all__ if name[0].isupper()} == set(cm._MODULE)
+    for name in cm.__all__:
+        documentation = getattr(cm, name).__doc__
+        assert ">>>" in documentation, name
+    with pytest.raises(AttributeError, match="no attribute 'NoSuch'"):
+        cm.NoSuch  # noqa: B018
