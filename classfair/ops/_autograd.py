@@ -22,7 +22,7 @@ def quick_apply(function: type[Function]) -> Callable[..., Any]:
 
     undefined = Function.setup_context  # how torch knows that `forward` does its work
     members = {"forward": staticmethod(forward), "setup_context": staticmethod(undefined)}
-    eager = type(function.__name__, (function,), {"__doc__": function.__doc__, **members})
+    eager: type[Function] = type(function.__name__, (function,), {"__doc__": function.__doc__, **members})
 
     def apply(*inputs: Any) -> Any:
         transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
