@@ -12,7 +12,7 @@ PRIMITIVES := tests/test_conformance.py tests/test_class_moments.py tests/test_p
 INTERPRETED = TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PRIMITIVES) -W ignore::RuntimeWarning
 CPP := $(filter-out %.py,$(wildcard csrc/*.cpp csrc/*.h csrc/*/*))
 
-.PHONY: help train test test-slow test-gpu lint format bench bench-features bench-check bench-gpu sanitize cuda-check doctor clean
+.PHONY: help train test test-slow test-gpu lint format bench bench-features bench-fairness bench-check bench-gpu sanitize cuda-check doctor clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -53,6 +53,9 @@ bench: $(VENV)/.installed  ## time every back-end beside torch, write benchmarks
 
 bench-features: $(VENV)/.installed  ## time ISDA and MetaLAD beside the published formulation and plain torch (needs 20 GB)
 	$(BIN)/python -m benchmarks.feature_losses $(ARGS)
+
+bench-fairness: $(VENV)/.installed  ## time the group penalties beside loops over cells and plain torch
+	$(BIN)/python -m benchmarks.fairness $(ARGS)
 
 bench-check: $(VENV)/.installed  ## compare this machine's ratios to torch with the committed ones
 	$(BIN)/python -m benchmarks.check $(ARGS)

@@ -8,11 +8,7 @@ timed.
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -23,8 +19,7 @@ import classfair
 from classfair.ops import label_index
 
 from . import machine
-from .measure import MALLOC, interleave, peak_extra_bytes, seconds_per_call
-from .run import _RESULTS
+from .measure import in_process, interleave, keep, peak_extra_bytes, seconds_per_call
 
 SHAPES = {"A": (256, 1000, 2048), "B": (1024, 1000, 768), "C": (256, 8142, 2048)}
 STRENGTH = 0.5
@@ -224,12 +219,6 @@ def near_duplicates() -> dict[str, float]:
     }
 
 
-def in_child(what: str, shape: str, malloc: str, seconds: float) -> list[dict[str, Any]]:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")} | MALLOC[malloc]
-    command = [sys.executable, "-m", "benchmarks.feature_losses", "--child", what, shape, "--seconds", str(seconds)]
-    return json.loads(subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True).stdout)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--child", nargs=2)
@@ -241,7 +230,8 @@ def main() -> None:
         return
     rows = []
     for shape in options.shapes:
-        times, peaks = in_child("time", shape, "pinned", options.seconds), in_child("memory", shape, "returned", 0)
+        child = ("benchmarks.feature_losses", "--seconds", str(options.seconds), "--child")
+        times, peaks = in_process(*child, "time", shape), in_process(*child, "memory", shape, malloc="returned")
         bytes_of = {(p["objective"], p["provider"]): p["peak_bytes"] for p in peaks}
         for row in times:
             peak = bytes_of[row["objective"], row["provider"]]
@@ -254,9 +244,7 @@ def main() -> None:
     errors = near_duplicates()
     print("largest error of the normalised variance with near-duplicate rows:", errors)
     result = {**machine.describe("cpu"), "shapes": SHAPES, "results": rows, "near_duplicate_errors": errors}
-    path = _RESULTS / f"{machine.slug(result['machine']['name'])}-feature-losses-{result['date']}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"written to {path.relative_to(Path.cwd())}")
+    keep(result, "feature-losses")
 
 
 if __name__ == "__main__":

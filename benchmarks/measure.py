@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from . import providers
+from . import machine, providers
 from .workloads import Case, Inputs, Objective, make_inputs
 
 MALLOC = {
@@ -153,6 +153,21 @@ def measure_case(what: str, case: Case, names: Iterable[str], seconds: float, de
         return {name: {"peak_bytes": peak_extra_bytes(step, device)} for name, step in steps.items()}
     times = measure_time(steps, seconds, device)
     return {name: {**times[name], "model_bytes": models[name]} for name in steps}
+
+
+def in_process(module: str, *arguments: str, malloc: str = "pinned") -> Any:
+    """What a module prints as JSON, in a process of its own with that malloc setting."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")} | MALLOC[malloc]
+    command = [sys.executable, "-m", module, *arguments]
+    return json.loads(subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True).stdout)
+
+
+def keep(result: dict[str, Any], what: str) -> None:
+    """Write a result under ``benchmarks/results/``."""
+    name = f"{machine.slug(result['machine']['name'])}-{what}-{result['date']}.json"
+    path = Path(__file__).parent / "results" / name
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"written to {path}")
 
 
 def in_child(
