@@ -19,7 +19,7 @@ class State(NamedTuple):
     count: Tensor  # type: ignore[assignment]  # (C,) int64
     mean: Tensor  # (C, D)
     cov: Tensor | None  # (C, D) variances, or (C, D, D)
-    error: Tensor | None  # (C, D), what rounding has left out of the variances; None where that is not kept
+    error: Tensor | None  # (C, D), what rounding has left out of the (diagonal) variances; None where that is not kept
 
 
 def zero_state(num_classes: int, dim: int, covariance: str, dtype: torch.dtype, device: Any, error: bool) -> State:
@@ -65,7 +65,7 @@ def merge_rows(
     batch = moments_of_slots(features, index, state, variance=diagonal, backend=backend)
     if full:
         _merge_covariance(features.detach(), index, batch, state, momentum)
-        state = state._replace(cov=None)
+        state = state._replace(cov=None, error=None)
     class_moments_merge(batch, index.key_of_slot, *state, momentum=momentum, backend=backend)
     return batch.nonfinite
 
@@ -123,5 +123,25 @@ def _merge_covariance(
         x = torch.cat([x, between[slot] * begins])[None]  # (1, B + 1, D)
         update.mul_(~begins).baddbmm_(x.mT, x)
         # A block that is not the last of its slot, or of none, writes back what it read.
-        label = key[slot]
-        cov.index_copy_(0, label, cov[label].lerp_(update, (w[slot] * ends)[:, None, None]))
+        label, share = key[slot], (w[slot] * ends)[:, None]
+        new = cov[label].lerp_(update, share[:, :, None])
+        if state.error is not None:
+            _add_exactly(cov[label], update, share, state.error, label, new)
+        cov.index_copy_(0, label, new)
+
+
+def _add_exactly(
+    old: Tensor, update: Tensor, share: Tensor, error: Tensor, label: Tensor, new: Tensor
+) -> None:  # (1, D, D), (1, D, D), (1, 1), (C, D), (1,), (1, D, D)
+    """The diagonals of ``new`` with what rounding left out of earlier sums, and into ``error`` what it does now.
+
+    Knuth's TwoSum. Only squares make skewed updates, whose rounding errors add up; those of products average out.
+    """
+    was, to = old.diagonal(dim1=1, dim2=2), update.diagonal(dim1=1, dim2=2)
+    change = share * (to - was) + error[label]
+    total = was + change
+    added = total - was
+    left = (was - (total - added)) + (change - added)
+    first = share == 1  # takes the update as it is
+    new.diagonal(dim1=1, dim2=2).copy_(torch.where(first, to, total))
+    error.index_copy_(0, label, torch.where(first, 0.0, left))

@@ -117,7 +117,7 @@ class ClassStatistics(KeepsPrecision):
 
     which is exact: any split of the samples into batches gives the moments of all of them together. Classes that are
     absent from a batch keep their state and cost nothing. A million updates with single samples leave float32 means
-    and variances within 1e-4 of float64 (means of 10, deviations of 1).
+    and covariances within 1e-4 of float64 (means of 10, deviations of 1).
 
     Args:
         num_classes: C.
@@ -129,7 +129,7 @@ class ClassStatistics(KeepsPrecision):
 
     State (in ``state_dict``; ``.half()`` and ``.to(bfloat16)`` leave its precision alone): ``count`` ``(C,)`` int64,
     ``mean`` ``(C, D)`` float32, ``cov`` ``(C, D)`` or ``(C, D, D)`` float32 or None, ``cov_error`` ``(C, D)`` what
-    rounding has left out of cumulative variances, else None, ``nonfinite`` ``()`` int64, the number of samples left out
+    rounding has left out of cumulative variances (of their matrix, the diagonal), else None, ``nonfinite`` ``()`` int64, the number of samples left out
     because of a NaN or infinite feature. No parameters, no gradient.
 
     Source: Wang et al. 2019, "Implicit Semantic Data Augmentation for Deep Networks", eq. 8 to 10, and Chan, Golub
@@ -170,7 +170,7 @@ class ClassStatistics(KeepsPrecision):
         if momentum is not None and not 0 < momentum <= 1:
             raise ValueError(f"ClassStatistics: expected momentum None or in (0, 1], got {momentum}")
         # What fades does not let rounding errors add up.
-        keep_error = covariance == "diag" and momentum is None
+        keep_error = covariance != "none" and momentum is None
         state = zero_state(num_classes, feature_dim, covariance, torch.float32, None, keep_error)
         self.register_buffer("count", state.count)
         self.register_buffer("mean", state.mean)
