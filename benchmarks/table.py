@@ -1,4 +1,4 @@
-"""The README's speed tables from a result: ``python -m benchmarks.table benchmarks/results/FILE.json``."""
+"""The tables of the documents from a result: ``python -m benchmarks.table benchmarks/results/FILE.json``."""
 
 import argparse
 import json
@@ -55,6 +55,30 @@ def memory_table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def composed_table(result: dict[str, Any]) -> str:
+    """Losses on top of the primitives: rows are shapes and losses, columns are providers."""
+    rows, yardstick = result["results"], next(r["provider"] for r in result["results"] if r["ratio"] == 1.0)
+    providers = [p for p in dict.fromkeys(r["provider"] for r in rows) if p != yardstick]
+    loss = "penalty" if "penalty" in rows[0] else "objective"
+    cases: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for r in rows:
+        cases.setdefault((r["shape"], r[loss]), {})[r["provider"]] = r
+    header = ["shape", loss, yardstick, *providers]
+    lines = [_row(header), _row(["---"] * len(header))]
+    for (shape, name), by in cases.items():
+        sizes = ", ".join(map(str, result["shapes"][shape]))
+        cells = [_composed(by.get(p)) for p in providers]
+        lines.append(_row([f"{shape} ({sizes})", name, f"{by[yardstick]['median_ms']:.2f} ms", *cells]))
+    return "\n".join(lines)
+
+
+def _composed(result: dict[str, Any] | None) -> str:
+    if result is None:
+        return ""
+    ratio = f"{result['ratio']:.2f}" if result["ratio"] < 100 else f"{result['ratio']:.0f}"
+    return ratio + (f", {result['peak_bytes'] / 1e6:.0f} MB" if "peak_bytes" in result else "")
+
+
 def _ratio(result: dict[str, Any] | None) -> str:
     if result is None:
         return ""
@@ -70,6 +94,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file", type=Path)
     result = json.loads(parser.parse_args().file.read_text())
+    if "shapes" in result:
+        print(composed_table(result))
+        return
     names = dict.fromkeys(r["objective"] for r in result["results"])
     tables = [objective_table(n, [r for r in result["results"] if r["objective"] == n]) for n in names]
     print("\n\n".join([caption(result), *tables, memory_table(result["results"])]))

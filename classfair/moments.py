@@ -129,8 +129,8 @@ class ClassStatistics(KeepsPrecision):
 
     State (in ``state_dict``; ``.half()`` and ``.to(bfloat16)`` leave its precision alone): ``count`` ``(C,)`` int64,
     ``mean`` ``(C, D)`` float32, ``cov`` ``(C, D)`` or ``(C, D, D)`` float32 or None, ``cov_error`` ``(C, D)`` what
-    rounding has left out of cumulative variances (of their matrix, the diagonal), else None, ``nonfinite`` ``()`` int64, the number of samples left out
-    because of a NaN or infinite feature. No parameters, no gradient.
+    rounding has left out of cumulative variances (the diagonal of matrices), else None, ``nonfinite`` ``()`` int64, the
+    number of samples left out because of a NaN or infinite feature. No parameters, no gradient.
 
     Source: Wang et al. 2019, "Implicit Semantic Data Augmentation for Deep Networks", eq. 8 to 10, and Chan, Golub
     and LeVeque 1979 for the exact merge.
