@@ -4,7 +4,6 @@ from classfair import backends as _backends
 from classfair import data as data
 from classfair import nn as nn
 from classfair.fairness import (
-    GroupIoU,
     binary_logits,
     demographic_parity_loss,
     equalized_odds_loss,
@@ -25,7 +24,7 @@ from classfair.priors import (
     tau_normalize,
 )
 from classfair.schedules import DeferredReweighting, ISDARamp, Warmup
-from classfair.statistics import BatchStats, JointRows, PredictionBias, effective_frequency, prediction_bias
+from classfair.statistics import BatchStats, JointRows, effective_frequency, prediction_bias
 from classfair.targets import MixedTarget, class_counts, total_weight
 
 __version__ = "0.1.0"
@@ -38,7 +37,6 @@ __all__ = [
     "CrossEntropyLoss",
     "DeferredReweighting",
     "FocalLoss",
-    "GroupIoU",
     "ISDALoss",
     "ISDARamp",
     "JointRows",
@@ -47,7 +45,6 @@ __all__ = [
     "MetaLADLoss",
     "MixedTarget",
     "PairTerms",
-    "PredictionBias",
     "Warmup",
     "binary_logits",
     "class_counts",

@@ -1,5 +1,6 @@
 """Batches of several processes together, each process with the same result: a constant number of collectives."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -79,11 +80,14 @@ def merge_batches(
 
 class _Sum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, value: Tensor, group: Any) -> Tensor:
-        ctx.group = group
+    def forward(value: Tensor, group: Any) -> Tensor:
         value = value.contiguous().clone()
         dist.all_reduce(value, group=group)
         return value
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.group = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
@@ -92,18 +96,24 @@ class _Sum(torch.autograd.Function):
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, value: Tensor, group: Any) -> Tensor:
-        ctx.group = group
+    def forward(value: Tensor, group: Any) -> Tensor:
         return _all_gather(value.contiguous(), group)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.group = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return _Sum.apply(gradient, ctx.group)[dist.get_rank(ctx.group)], None
 
 
-def sum_with_gradient(value: Tensor, group: Any) -> Tensor:
-    """Sum over processes. Its gradient is the sum of theirs: each of them has a loss of the whole."""
-    return _Sum.apply(value, group)
+def sum_with_gradient(values: Sequence[Tensor], group: Any) -> list[Tensor]:
+    """Sums over processes of tensors of one dtype, in one exchange. The gradient of a sum is the sum of the gradients:
+    each process has a loss of the whole."""
+    flat = _Sum.apply(torch.cat([v.reshape(-1) for v in values]), group)
+    parts = flat.split_with_sizes([v.numel() for v in values])
+    return [part.view(v.shape) for part, v in zip(parts, values, strict=True)]
 
 
 def gather_with_gradient(rows: Tensor, key: Tensor, group: Any) -> tuple[Tensor, Tensor]:

@@ -7,9 +7,11 @@ is taken of them: it then is that of the whole batch.
 Source: Hänel et al. 2022, "Enhancing fairness of visual attribute predictors" (FVAP).
 """
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from classfair import _validate as check
@@ -22,14 +24,16 @@ KINDS = ("l2", "mi")
 
 
 def _checked(
-    function: str, stats: Any, empty: str, process_group: Any, sync: bool, backend: str | None
+    function: str, stats: Any, empty: str, process_group: Any, sync: bool, backend: str | None, *, joint: bool = False
 ) -> tuple[BatchStats, str]:
-    """Statistics of all processes, and the back-end for them."""
+    """Statistics of all processes, those that the penalty uses, and the back-end for them."""
     if not isinstance(stats, BatchStats):
         raise TypeError(f"{function}: expected stats as BatchStats, got {type(stats).__name__}")
+    if joint and stats.joint is None:
+        raise ValueError(f"{function}: expected stats of with_stats(..., joint=True), got stats without joint")
     check.check_choice(function, "empty", empty, EMPTY)
-    if sync and not stats.synced:
-        stats = stats.all_reduce(process_group)
+    if sync and not stats.synced and dist.is_available() and dist.is_initialized():
+        stats = replace(stats, joint=stats.joint if joint else None, confusion=None).all_reduce(process_group)
     return stats, backends.choose("fairness", stats.mass.device, backend)
 
 
@@ -58,7 +62,7 @@ def demographic_parity_loss(
     Source: Hänel et al. 2022, section 3.1.
 
     Args:
-        stats: of ``with_stats(..., group=, num_groups=G)``. Their ``mass`` and ``count`` are used.
+        stats: of ``with_stats(..., group=, num_groups=G)`` with hard labels. Their ``mass`` and ``count`` are used.
         kind: ``"l2"`` or ``"mi"``.
         empty: what to do in a batch where a group has no sample: ``"skip"`` it, take the whole loss as ``"zero"``
             (as the authors' code), or as ``"nan"``.
@@ -67,7 +71,7 @@ def demographic_parity_loss(
         backend: ``"native"``, ``"triton"``, ``"reference"``, or None for the fastest (:mod:`classfair.backends`).
 
     Returns:
-        A scalar >= 0 of the dtype of ``stats.mass``; 0 for a single group.
+        A scalar >= 0 (``"mi"``: up to rounding) of the dtype of ``stats.mass``; 0 for a single group.
 
     Gradients: ``stats.mass``, every order; counts are constants. ``stats`` made with ``differentiable=False`` give a
     constant. Memory: O(G C). Determinism: bitwise, for any number of threads.
@@ -111,7 +115,8 @@ def equalized_odds_loss(
     Source: Hänel et al. 2022, section 3.2.
 
     Args:
-        stats: of ``with_stats(..., group=, num_groups=G, joint=True)``. Their ``joint`` and ``count`` are used.
+        stats: of ``with_stats(..., group=, num_groups=G, joint=True)`` with hard labels. Their ``joint`` and ``count``
+            are used.
         kind: ``"l2"`` or ``"mi"``.
         weighted: weight label b by its share of the samples; ``"mi"`` is then the conditional mutual information.
             (The authors do not weight: a rare label counts as much as a frequent one.)
@@ -121,7 +126,7 @@ def equalized_odds_loss(
         process_group, sync, backend: as in :func:`demographic_parity_loss`.
 
     Returns:
-        A scalar >= 0 of the dtype of ``stats.mass``.
+        A scalar >= 0 (``"mi"``: up to rounding) of the dtype of ``stats.mass``.
 
     Gradients: ``stats.joint.rows``, every order; counts are constants. Memory: O(N C). Determinism: bitwise, for any
     number of threads.
@@ -139,9 +144,8 @@ def equalized_odds_loss(
     """
     function = "equalized_odds_loss"
     check.check_choice(function, "kind", kind, KINDS)
-    if isinstance(stats, BatchStats) and stats.joint is None:
-        raise ValueError(f"{function}: expected stats of with_stats(..., joint=True), got stats without joint")
-    stats, backend = _checked(function, stats, empty, process_group, sync, backend)
+    check.check_choice(function, "weighted", weighted, (False, True))
+    stats, backend = _checked(function, stats, empty, process_group, sync, backend, joint=True)
     joint = stats.joint
     assert joint is not None
     value = dependence(
@@ -178,7 +182,8 @@ def iou_loss(
     Source: Hänel et al. 2022, section 3.3.
 
     Args:
-        stats: of ``with_stats(..., group=, num_groups=G)``. Their ``mass``, ``hit`` and ``count`` are used.
+        stats: of ``with_stats(..., group=, num_groups=G)`` with hard labels. Their ``mass``, ``hit`` and ``count`` are
+            used.
         reduction: ``"sum"`` over groups (the paper) or ``"mean"`` (the authors' code).
         paired: mean over pairs of groups of the squared difference of their IoU instead, whatever the reduction (an
             option of the authors' code).
@@ -206,6 +211,7 @@ def iou_loss(
     """
     function = "iou_loss"
     check.check_choice(function, "reduction", reduction, ("sum", "mean"))
+    check.check_choice(function, "paired", paired, (False, True))
     stats, backend = _checked(function, stats, empty, process_group, sync, backend)
     mass, hit, count = stats.mass, stats.hit, stats.count
     value = iou_penalty(mass, hit, count, paired=paired, skip=empty != "zero", backend=backend)

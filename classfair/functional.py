@@ -417,6 +417,8 @@ def _check_statistics(
             raise ValueError(f"{function}: expected num_groups with group, got None")
         check.check_labels_tensor(function, "group", group, problem.rows_shape)
         check.check_device(function, "group", group, problem.logits.device)
+    elif num_groups is not None and num_groups > 1:
+        raise ValueError(f"{function}: expected group with num_groups={num_groups}, got None")
     if num_groups is not None and num_groups < 1:
         raise ValueError(f"{function}: expected num_groups >= 1, got {num_groups}")
     num_classes = problem.logits.shape[1]

@@ -22,7 +22,7 @@ class JointRows(NamedTuple):
     num_cells: Tensor  # () int64, cells in use
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BatchStats:
     """Statistics of one batch by group g and class c, with p the softmax of the logits the model predicts with.
 
@@ -90,21 +90,27 @@ class BatchStats:
 
         Sums, and of ``joint`` the rows of all cells that any process has. The gradient of a sum is the sum of the
         gradients, so that DDP's averaging gives the gradient of one process on the whole batch. Every process must
-        call it; the number of collectives never depends on the data. Without an initialised process group it returns
-        the statistics unchanged. ``prediction`` belongs to one process and is dropped.
+        call it; two collectives, and with ``joint`` three more, one of which is waited for: how many cells there are
+        at most. Without an initialised process group it returns the statistics unchanged. ``prediction`` belongs to
+        one process and is dropped.
         """
         if not (dist.is_available() and dist.is_initialized()):
             return self
         if self.synced:
             raise ValueError("BatchStats.all_reduce: expected statistics of this process, got those of all")
-        summed = {name: processes.sum_with_gradient(getattr(self, name), group) for name in _SUMMED}
-        confusion = None if self.confusion is None else processes.sum_with_gradient(self.confusion, group)
+        integers = [getattr(self, name) for name in _INTEGERS if getattr(self, name) is not None]
+        summed = [
+            *processes.sum_with_gradient((self.mass, self.hit), group),
+            *processes.sum_with_gradient(integers, group),
+        ]
+        confusion = summed.pop() if self.confusion is not None else None
         joint = None if self.joint is None else _merge_joint(self.joint, self.mass, group)
+        named = dict(zip(_SUMMED, summed, strict=True))
         empty = self.prediction.new_empty(0)
-        return BatchStats(**summed, prediction=empty, joint=joint, confusion=confusion, synced=True)
+        return BatchStats(**named, prediction=empty, joint=joint, confusion=confusion, synced=True)
 
     def summary(self) -> dict[str, float]:
-        """Scalars for a log; reads the device once (the one synchronisation of this class).
+        """Scalars for a log; reads the device once (the one synchronisation of this class on one process).
 
         ``accuracy``, ``balanced_accuracy`` (mean over the classes present), ``best_class_accuracy`` and
         ``worst_class_accuracy`` in [0, 1]; ``samples``, ``invalid`` and ``nonfinite`` as numbers of samples. Without
@@ -132,6 +138,7 @@ class BatchStats:
 
 
 _SUMMED = ("mass", "hit", "count", "correct", "predicted", "invalid", "nonfinite")
+_INTEGERS = (*_SUMMED[2:], "confusion")
 _TENSORS = tuple(f.name for f in fields(BatchStats) if f.name != "synced")
 
 

@@ -164,6 +164,18 @@ def test_a_perfect_classifier_costs_exactly_nothing(name, groups, backend):
         assert value.item() > 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["iou", "eo-l2", "eo-mi"])
+def test_more_samples_than_a_float_can_count(name):
+    """Pixels are samples: a running sum in float32 would stop at 2^24, and a perfect classifier would pay for it."""
+    rows = 2**24 + 5000
+    logits = torch.tensor([[0.0, -1e4]]).expand(rows, 2)
+    group = (torch.arange(rows) % 4000 == 0).long()
+    stats = statistics(logits, torch.zeros(rows, dtype=torch.int64), group, 2)
+    assert stats.hit[0, 0].item() == stats.count[0, 0].item() > 2**24
+    assert PENALTIES[name][0](stats).item() == 0
+
+
 @pytest.mark.parametrize("name", ["iou", "iou-paired"])
 def test_squeezing_towards_uniform_hides_the_difference(name):
     """p = a one-hot(argmax) + (1 - a) / C keeps every decision: soft fairness alone says little."""
@@ -280,6 +292,12 @@ def test_wrong_use_is_an_error_before_any_work():
             penalty(stats, empty="no")
     with pytest.raises(ValueError, match="iou_loss: expected reduction 'sum' or 'mean', got 'none'"):
         iou_loss(stats, reduction="none")
+    with pytest.raises(ValueError, match="iou_loss: expected paired False or True, got 'yes'"):
+        iou_loss(stats, paired="yes")
+    with pytest.raises(ValueError, match="equalized_odds_loss: expected weighted False or True, got 'none'"):
+        equalized_odds_loss(stats, weighted="none")
+    with pytest.raises(ValueError, match="cross_entropy_with_stats: expected group with num_groups=3, got None"):
+        cross_entropy_with_stats(logits, target, num_groups=3)
 
 
 def test_intersection_over_union_hard_and_soft():
@@ -328,6 +346,7 @@ def _rank(rank, splits, path, results):
         again = penalty(stats.all_reduce())
         local = penalty(stats, sync=False)
         results[rank, name] = (value.item(), gradient / len(splits), again.item(), local.item())
+    torch.func.grad(lambda z: iou_loss(statistics(z, target[part], group[part])))(logits[part])  # transforms, too
     with pytest.raises(ValueError, match="expected statistics of this process, got those of all"):
         stats.all_reduce().all_reduce()
     with pytest.raises(ValueError, match="expected both of all processes or both of this one"):

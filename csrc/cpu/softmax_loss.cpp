@@ -145,12 +145,14 @@ void sum_chunks(const A* partial, int64_t chunks, int64_t size, A* out) {
   });
 }
 
-// hit and the integer counts: a few numbers a row, summed in row order.
+// hit and the integer counts: a few numbers a row, summed in row order; hit in double, because in float a class of more
+// than 2^24 samples would stop growing.
 template <class T>
 void count_rows(const Forward<T>& f, acc_t<T>* hit, int64_t* counts) {
   const Inputs<T>& in = f.in;
   const int64_t cells = in.G * in.C;
   int64_t *count = counts, *correct = counts + cells, *predicted = counts + 2 * cells;
+  std::vector<double> sum(cells, 0.0);
   for (int64_t i = 0; i < in.rows; ++i) {
     const auto& s = f.row_statistics[i];
     counts[3 * cells + 1] += s.nonfinite;
@@ -160,10 +162,11 @@ void count_rows(const Forward<T>& f, acc_t<T>* hit, int64_t* counts) {
     ++count[base + row.label];
     ++predicted[base + f.prediction[i]];
     correct[base + row.label] += f.prediction[i] == row.label;
-    if (in.soft.data) hit[base + row.label] += s.p_a;
-    if (row.a >= 0) hit[base + row.a] += row.share_a * s.p_a;
-    if (row.b >= 0) hit[base + row.b] += row.share_b * s.p_b;
+    if (in.soft.data) sum[base + row.label] += s.p_a;
+    if (row.a >= 0) sum[base + row.a] += row.share_a * s.p_a;
+    if (row.b >= 0) sum[base + row.b] += row.share_b * s.p_b;
   }
+  std::transform(sum.begin(), sum.end(), hit, [](double v) { return static_cast<acc_t<T>>(v); });
 }
 
 using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -182,7 +185,7 @@ ForwardResult forward(const Arguments& a) {
   Tensor lse_raw = allocate<1>(a.logits, {stats && in.perturbed() ? rows : 0}, ScalarType::Double);
   Tensor prediction = allocate<1>(a.logits, {stats ? rows : 0}, ScalarType::Long);
   Tensor mass = allocate<2>(a.logits, {stats ? in.G : 0, stats ? in.C : 0}, acc);
-  Tensor hit = zeros<2>(a.logits, {stats ? in.G : 0, stats ? in.C : 0}, acc);
+  Tensor hit = allocate<2>(a.logits, {stats ? in.G : 0, stats ? in.C : 0}, acc);
   Tensor joint_rows = allocate<2>(a.logits, {joint ? in.cells : 0, joint ? in.C : 0}, acc);
   Tensor counts = zeros<1>(a.logits, {stats ? 3 * GC + 2 : 0}, ScalarType::Long);
   Tensor total_weight = allocate<0>(a.logits, {}, acc);

@@ -157,15 +157,17 @@ void forward_chunk(const Forward<T>& f, int64_t chunk, acc_t<T> weight_sum) {
   f.chunk_weight[chunk] = weight;
 }
 
-// joint[cell] = sum of p over the rows of a cell; rows of a cell are neighbours in cell_order.
+// joint[cell] = sum of p over the rows of a cell; rows of a cell are neighbours in cell_order. Summed in double, as
+// hit.
 template <class T>
 void joint_cell(const Forward<T>& f, int64_t cell) {
   using A = acc_t<T>;
   const Inputs<T>& in = f.in;
-  A* sum = f.joint + cell * in.C;
-  const TileReader<T> logits{in.logits, in.C, in.logits.contiguous() ? nullptr : scratch_tile<T>(kTile * in.C)};
-  bool empty = true;
   if (f.cell_rows(cell) == 1 && f.row_statistics[f.cell_order[f.cell_start[cell]]].counted) return;  // done
+  A* e = scratch<A>((2 + kTile) * in.C);
+  double* sum = scratch<double, 2>(in.C);
+  std::fill(sum, sum + in.C, 0.0);
+  const TileReader<T> logits{in.logits, in.C, in.logits.contiguous() ? nullptr : scratch_tile<T>(kTile * in.C)};
   for (int64_t position = f.cell_start[cell]; position < f.cell_start[cell + 1]; ++position) {
     const int64_t i = f.cell_order[position];
     if (!f.row_statistics[i].counted) continue;
@@ -174,18 +176,11 @@ void joint_cell(const Forward<T>& f, int64_t cell) {
     const A high = static_cast<A>(lse), low = static_cast<A>(lse - high);
     const T* z = logits.row(i, 0);
     for_columns<A>(
-        in.C,
-        [&](int64_t c) {
-          const Vec<A> p = exp((load(z + c) - high) - low);
-          store(sum + c, empty ? p : load(sum + c) + p);
-        },
-        [&](int64_t c, int64_t n) {
-          const Vec<A> p = exp((load_some(z + c, n, A(0)) - high) - low);
-          store_some(sum + c, empty ? p : load_some(sum + c, n, A(0)) + p, n);
-        });
-    empty = false;
+        in.C, [&](int64_t c) { store(e + c, exp((load(z + c) - high) - low)); },
+        [&](int64_t c, int64_t n) { store_some(e + c, exp((load_some(z + c, n, A(0)) - high) - low), n); });
+    for (int64_t c = 0; c < in.C; ++c) sum[c] += e[c];
   }
-  if (empty) std::fill(sum, sum + in.C, A(0));
+  std::copy(sum, sum + in.C, f.joint + cell * in.C);
 }
 
 }  // namespace CLASSFAIR_ISA
