@@ -29,7 +29,10 @@ from tests.fairness_metrics import (
     SCORES,
     STATISTICS,
     TRAIN_COUNT,
+    UNEQUAL,
+    penalties_of,
     run_rank,
+    run_unequal_rank,
     samples,
     update,
     values,
@@ -588,6 +591,23 @@ def test_processes_equal_one(tmp_path):
             for processes in range(rank + 1, 4):
                 for x, y in zip(results[rank][processes, name], expected, strict=True):
                     np.testing.assert_allclose(x, y, rtol=1e-6 if name in SCORES else 1e-12, err_msg=name)
+
+
+def test_penalties_as_metrics_of_unequal_processes(tmp_path):
+    """Two batches and three: no collective of a penalty inside ``compute``."""
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(run_unequal_rank, (str(tmp_path / "rendezvous"), results), nprocs=2)
+        results = dict(results)
+    alone, together = penalties_of(UNEQUAL[0]), penalties_of(UNEQUAL[0] + UNEQUAL[1])
+    assert results[0][0] == pytest.approx(alone, rel=1e-9)
+    for rank in range(2):
+        assert results[rank][1] == pytest.approx(together, rel=1e-9)
+        refused = results[rank][2]
+        for name in ("BalancedAccuracy", "BatchAverage"):
+            message = f"{name}.update_from: expected statistics of this process, got those of all processes"
+            assert refused[name] == (message, message)
+        assert refused["not synced"] == refused["one process"] == (None, None)
 
 
 # --- plots ------------------------------------------------------------------------------------------------------------

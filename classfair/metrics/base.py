@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_sum
@@ -69,6 +70,16 @@ class SummedMetric(Metric):
             super()._sync_dist(dist_sync_fn, process_group)
         finally:
             self._reductions = every
+
+    def _check_statistics(self, stats: Any) -> None:
+        """Statistics that ``compute`` can add up over processes: those of all of them would count several times."""
+        if not isinstance(stats, BatchStats):
+            raise TypeError(f"{self._name}: expected stats as BatchStats, got {type(stats).__name__}")
+        sync = (self.sync_on_compute or self.dist_sync_on_step) and self.distributed_available_fn()
+        if stats.synced and sync and dist.get_world_size(self.process_group) > 1:
+            raise ValueError(
+                f"{self._name}.update_from: expected statistics of this process, got those of all processes"
+            )
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Figure and axes with a value, or with the course of a list of values (default: of ``compute()``).
@@ -183,6 +194,7 @@ class ClassMetric(SummedMetric):
         if isinstance(preds, BatchStats):
             if target is not None or group is not None:
                 raise ValueError(f"{self._name}: expected statistics alone, got target or group as well")
+            self._check_statistics(preds)
             self._add(preds)
             return
         if target is None:
@@ -198,17 +210,17 @@ class ClassMetric(SummedMetric):
         """Add a batch by the statistics of its loss, without a second pass over the logits.
 
         The same as ``update(stats)``, which is for a ``MetricCollection``. In several processes give each batch's own
-        statistics: ``compute`` adds up those of all processes.
+        statistics, not those of ``all_reduce``: ``compute`` adds up those of all processes.
 
         Args:
-            stats: of ``with_stats`` or ``cross_entropy_with_stats`` with this C, and G groups (any where
-                ``num_groups=1``).
+            stats: of ``with_stats`` or ``cross_entropy_with_stats`` with this C, and G groups. With ``num_groups=1``
+                any number of groups, which are added up; samples with group -1 are in none of them and do not count,
+                unlike in ``update(preds, target)``, which ignores groups.
 
         Raises:
-            TypeError, ValueError: no BatchStats, or of other C or G.
+            TypeError, ValueError: no BatchStats, or of other C or G, or of all processes where ``compute`` adds up.
         """
-        if not isinstance(stats, BatchStats):
-            raise TypeError(f"{self._name}: expected stats as BatchStats, got {type(stats).__name__}")
+        self._check_statistics(stats)
         self.update(stats)
 
     def _statistics(self, preds: Tensor, target: Tensor, group: Tensor | None, **options: Any) -> BatchStats:
@@ -260,9 +272,12 @@ class ClassMetric(SummedMetric):
         return self._squeeze(self.correct.double() / self.count)
 
     def statistics(self) -> BatchStats:
-        """What has been added up so far, in this process."""
+        """What has been added up so far, in this process; inside ``compute``, in all processes that it adds up.
+
+        Marked as ``synced``, so that a penalty of them, in ``compute``, does not add up processes once more.
+        """
         states = {name: getattr(self, name) for name in (*COUNTS, *SUMS, *DIAGNOSTICS)}
-        return BatchStats(**states, prediction=self.count.new_empty(0))
+        return BatchStats(**states, prediction=self.count.new_empty(0), synced=True)
 
     def _squeeze(self, value: Tensor) -> Tensor:  # (G, ...)
         return value.squeeze(0) if self.num_groups == 1 else value

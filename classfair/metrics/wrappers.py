@@ -96,6 +96,8 @@ class BatchAverage(SummedMetric):
 
     def update(self, preds: Tensor | BatchStats, target: Tensor | None = None, group: Tensor | None = None) -> None:
         """Add a batch, as :meth:`ClassMetric.update`."""
+        if isinstance(preds, BatchStats):
+            self._check_statistics(preds)
         self.metric.reset()
         self.metric.update(preds, target, group)
         value = self.metric.compute().double()
@@ -105,8 +107,7 @@ class BatchAverage(SummedMetric):
 
     def update_from(self, stats: BatchStats) -> None:
         """Add a batch by its statistics, as :meth:`ClassMetric.update_from`."""
-        if not isinstance(stats, BatchStats):
-            raise TypeError(f"{self._name}: expected stats as BatchStats, got {type(stats).__name__}")
+        self._check_statistics(stats)
         self.update(stats)
 
     def compute(self) -> Tensor:
