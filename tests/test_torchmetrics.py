@@ -19,7 +19,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassCalibrationError, MulticlassJaccardIndex
 
 import classfair.metrics as cm
-from classfair import cross_entropy_with_stats
+from classfair import cross_entropy_with_stats, equalized_odds_loss, prediction_bias
 from tests.fairness_metrics import (
     AVERAGED,
     CLASSES,
@@ -112,11 +112,15 @@ def test_prediction_bias_from_its_definition():
     logits, target, _ = samples()
     p, own = logits.double().softmax(1), torch.nn.functional.one_hot(target, CLASSES)
     g_n, g_p = (p * (1 - own)).sum(0), (p * own).sum(0)
-    divisors = {None: (1, 1), "sum": (g_n.sum(), g_p.sum()), "samples": (200, 200)}
+    divisors = {"none": (1, 1), "sum": (g_n.sum(), g_p.sum()), "samples": (200, 200)}
     for normalize, (a, b) in divisors.items():
         metric = cm.PredictionBias(CLASSES, normalize=normalize)
         metric.update(logits, target)
-        assert_same(metric.compute(), {"G_n": g_n / a, "G_p": g_p / b})
+        assert_same(metric.compute(), {"negative": g_n / a, "positive": g_p / b})
+        _, stats = cross_entropy_with_stats(logits.double(), target)
+        twin = prediction_bias(stats, normalize=normalize)
+        assert metric.compute().keys() == {"negative", "positive"}
+        assert_same(metric.compute(), {"negative": twin.negative, "positive": twin.positive})
     metric = MAKERS["frequency"]()
     metric.update(logits, target)
     assert_same(metric.compute(), g_p / target.bincount())
@@ -378,8 +382,8 @@ def test_one_class_and_one_group():
     sigma, parity, odds = cm.GroupIoU(1, 1), cm.DemographicParity(1, 1), cm.EqualizedOdds(1, 1)
     for metric in (sigma, parity, odds):
         metric.update(logits, target)
-    assert math.isnan(sigma.compute())  # no spread of one
-    assert parity.compute() == odds.compute() == 0  # as in fairlearn
+    for metric in (sigma, parity, odds):
+        assert math.isnan(metric.compute())  # nothing to compare
     calibration = cm.CalibrationError(1)
     calibration.update(logits, target)
     assert calibration.compute() == 0
@@ -399,6 +403,24 @@ def test_a_ratio_leaves_out_what_nobody_is_predicted_as():
     metric = cm.DemographicParity(3, 2, reduction="ratio", preds="labels")
     metric.update(torch.tensor([0, 0, 0]), torch.tensor([0, 1, 0]), torch.tensor([0, 0, 1]))
     assert metric.compute() == 1
+
+
+@pytest.mark.parametrize("reduction", ["difference", "ratio"])
+def test_no_comparison_is_not_a_fair_one(reduction):
+    """Of a class, or of all, that fewer than two groups have a rate of."""
+    rows = torch.tensor([0, 1, 0, 1]), torch.tensor([0, 1, 1, 0]), torch.tensor([0, 0, 0, 0])
+    for metric in (cm.DemographicParity, cm.EqualizedOdds, cm.GroupIoU):
+        alone = metric(2, 2, reduction=reduction, preds="labels")
+        alone.update(*rows)
+        assert math.isnan(alone.compute())
+    # Label 1 in group 0 only, where it is found half the time: no TPR to compare. FPR 1/2 in group 0, 1/4 in group 1.
+    odds = cm.EqualizedOdds(2, 2, reduction=reduction, preds="labels")
+    group = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
+    odds.update(torch.tensor([0, 1, 0, 1, 1, 0, 0, 0]), torch.tensor([0, 1, 1, 0, 0, 0, 0, 0]), group)
+    assert odds.compute() == {"difference": 0.25, "ratio": 0.5}[reduction]
+    both_undefined = cm.EqualizedOdds(2, 2, reduction=reduction, preds="labels")
+    both_undefined.update(torch.tensor([0, 0, 1]), torch.tensor([1, 1, 0]), torch.tensor([0, 0, 1]))
+    assert math.isnan(both_undefined.compute())
 
 
 # --- states -----------------------------------------------------------------------------------------------------------
@@ -513,6 +535,27 @@ def test_a_collection_updates_equal_states_once():
     for key in a:
         np.testing.assert_allclose(a[key], b[key], rtol=1e-6)
     assert a["balanced"] == cm.balanced_accuracy(a["per-class"])
+
+
+def test_a_collection_of_scores_and_groups_positionally():
+    logits, target, group = samples()
+    collection = MetricCollection({n: MAKERS[n]() for n in ("odds", *sorted(SCORES))})
+    collection.update(logits, target, group)
+    for name, metric in collection.items():
+        alone = MAKERS[name]()
+        update(alone, name, logits, target, group)
+        assert_same(metric.compute(), alone.compute(), exact=True)
+
+
+def test_groups_of_statistics_are_added_up():
+    logits, target, group = samples()
+    group[:50] = -1
+    _, stats = cross_entropy_with_stats(logits, target, group=group, num_groups=GROUPS)
+    saved, direct = cm.PerClassAccuracy(CLASSES), cm.PerClassAccuracy(CLASSES)
+    saved.update_from(stats)
+    direct.update(logits, target, group)
+    assert saved.count.sum() == 150
+    assert direct.count.sum() == 200
 
 
 def test_a_collection_keeps_different_readings_apart():
@@ -652,7 +695,7 @@ STATS = cross_entropy_with_stats(*ROWS)[1]
         (lambda: cm.DifficultyAccuracy([1.5]), r"DifficultyAccuracy: expected accuracies in \[0, 1\] or nan, got 1.5"),
         (lambda: cm.CumulativeFalsePositives([-1]), "CumulativeFalsePositives: expected finite train_count"),
         (lambda: cm.PredictionBias(2, preds="labels"), "PredictionBias: expected preds 'logits' or 'probabilities'"),
-        (lambda: cm.PredictionBias(2, normalize="l2"), "PredictionBias: expected normalize None, 'sum' or 'samples'"),
+        (lambda: cm.PredictionBias(2, normalize="l2"), "PredictionBias: expected normalize 'none', 'sum' or 'samples'"),
         (lambda: cm.DemographicParity(2, 2, reduction="std"), "DemographicParity: expected reduction 'difference'"),
         (lambda: cm.EqualizedOdds(2, 2, soft=True, preds="labels"), "EqualizedOdds: expected preds 'logits' or"),
         (lambda: cm.AUROC(1), "AUROC: expected num_classes >= 2, got 1"),
@@ -660,6 +703,12 @@ STATS = cross_entropy_with_stats(*ROWS)[1]
         (lambda: cm.AUROC(3, preds="labels"), "AUROC: expected preds 'logits' or 'probabilities', got 'labels'"),
         (lambda: cm.CalibrationError(3, n_bins=0), "CalibrationError: expected n_bins >= 1, got 0"),
         (lambda: cm.StatsMetric(3, None), "StatsMetric: expected function to be callable, got NoneType"),
+        (
+            lambda: cm.StatsMetric(3, equalized_odds_loss, num_groups=2),
+            r"^StatsMetric: expected a function of sums over batches, .*EqualizedOdds\(soft=...\)\), got ValueError",
+        ),
+        (lambda: cm.ConfusionMatrix(5, num_groups=2), "ConfusionMatrix: expected num_groups=1 .*, got 2"),
+        (lambda: cm.CumulativeFalsePositives([1], num_groups=2), "CumulativeFalsePositives: expected num_groups=1 .*2"),
         (lambda: cm.BatchAverage(cm.AUROC(3)), "BatchAverage: expected a ClassMetric, got AUROC"),
         (lambda: cm.BatchAverage(cm.ShotAccuracy([1])), "BatchAverage: expected a metric with one tensor, got dict"),
         (lambda: cm.BalancedAccuracy(3).update(*ROWS), r"BalancedAccuracy: expected logits of shape \(N, 3\) or"),

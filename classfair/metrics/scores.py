@@ -23,6 +23,23 @@ class _ScoreMetric(SummedMetric):
         super().__init__(num_classes, preds=preds, ignore_index=ignore_index, **kwargs)
         check.check_choice(self._name, "preds", preds, ("logits", "probabilities"))
 
+    def update(self, preds: Tensor, target: Tensor, group: Tensor | None = None) -> None:
+        """Add a batch.
+
+        Args:
+            preds: ``(N, C)`` or ``(N, C, d1, ...)`` logits or probabilities, as ``preds`` of the class says.
+            target: int64 ``(N,)`` or ``(N, d1, ...)``.
+            group: ignored, for a ``MetricCollection`` with metrics of groups.
+
+        Raises:
+            TypeError, ValueError: arguments of the wrong kind, shape, dtype or device.
+        """
+        self._add_rows(*self._rows(preds, target))
+
+    def _add_rows(self, scores: Tensor, target: Tensor) -> None:
+        """Add scores (N, C) and labels (N,)."""
+        raise NotImplementedError
+
     def _rows(self, preds: Any, target: Any) -> tuple[Tensor, Tensor]:
         """Scores (N, C), classes last, and labels (N,)."""
         if isinstance(preds, BatchStats):
@@ -80,13 +97,7 @@ class AUROC(_ScoreMetric):
         self.add_state("scores", [], dist_reduce_fx="cat")  # (N * C,), flat: see _sync_dist
         self.add_state("labels", [], dist_reduce_fx="cat")
 
-    def update(self, preds: Tensor, target: Tensor) -> None:
-        """Add a batch: ``preds`` (N, C) or (N, C, d1, ...), ``target`` int64 (N,) or (N, d1, ...).
-
-        Raises:
-            TypeError, ValueError: arguments of the wrong kind, shape, dtype or device.
-        """
-        scores, target = self._rows(preds, target)
+    def _add_rows(self, scores: Tensor, target: Tensor) -> None:
         counted = self._counted(scores, target)
         acc = check.acc_dtype(scores)
         # Logits of different samples compare only as probabilities.
@@ -197,13 +208,7 @@ class CalibrationError(_ScoreMetric):
         for name in ("count", "correct", "confidence"):
             self.add_state(name, torch.zeros(rows, n_bins + 1, dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, preds: Tensor, target: Tensor) -> None:
-        """Add a batch: ``preds`` (N, C) or (N, C, d1, ...), ``target`` int64 (N,) or (N, d1, ...).
-
-        Raises:
-            TypeError, ValueError: arguments of the wrong kind, shape, dtype or device.
-        """
-        scores, target = self._rows(preds, target)
+    def _add_rows(self, scores: Tensor, target: Tensor) -> None:
         counted = self._counted(scores, target).long()
         scores = scores.to(check.acc_dtype(scores))
         largest, prediction = scores.max(1)
