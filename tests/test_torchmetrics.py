@@ -310,6 +310,68 @@ def test_probabilities_instead_of_logits(name):
         np.testing.assert_allclose(x, y, rtol=1e-5)
 
 
+PROBABILITIES = {  # of the classes that read them in different ways
+    "statistics": lambda **k: cm.PredictionBias(2, preds="probabilities", **k),
+    "groups": lambda **k: cm.DemographicParity(2, 2, soft=True, preds="probabilities", **k),
+    "auroc": lambda **k: cm.AUROC(2, preds="probabilities", **k),
+    "calibration": lambda **k: cm.CalibrationError(2, preds="probabilities", **k),
+}
+NO_PROBABILITIES = {"negative": [-0.25, 1.25], "above": [0.5, 0.502], "below": [0.0, 0.0], "logits": [3.0, -1.0]}
+NO_PROBABILITIES["infinite"] = [math.inf, 0.0]
+
+
+@pytest.mark.parametrize("name", PROBABILITIES)
+@pytest.mark.parametrize("row", NO_PROBABILITIES)
+def test_what_is_no_probability_is_refused_or_counted(name, row, monkeypatch):
+    good = torch.tensor([[0.25, 0.75], [0.5, 0.5005], [1.0, 0.0], [0.875, 0.125]])
+    bad = torch.cat([good[:2], torch.tensor([NO_PROBABILITIES[row]]), good[2:]])
+    target, group = torch.tensor([1, 0, 1, 0, 1]), torch.tensor([0, 1, 0, 1, 0])
+    kept = [0, 1, 3, 4]
+    metric, expected = PROBABILITIES[name](), PROBABILITIES[name]()
+    expected.update(good, target[kept], group[kept])
+    with pytest.raises(ValueError, match=r"expected probabilities in \[0, 1\] with sum 1 .* at 2$"):
+        metric.update(bad, target, group)
+    ignored = target.clone()
+    ignored[2] = -100
+    metric.update(bad, ignored, group)
+    assert_same(metric.compute(), expected.compute(), exact=True)
+    assert metric.invalid == 0
+
+    monkeypatch.setattr("classfair.metrics.base.host_can_look", lambda device: False)  # as on a GPU
+    elsewhere = PROBABILITIES[name]()
+    with Forbidden():
+        elsewhere.update(bad, target, group)
+    assert_same(elsewhere.compute(), expected.compute(), exact=True)
+    assert (elsewhere.invalid, elsewhere.nonfinite) == (1, 0)
+
+
+@pytest.mark.parametrize("name", PROBABILITIES)
+def test_a_row_with_nan_is_not_finite(name):
+    metric = PROBABILITIES[name]()
+    rows = torch.tensor([[0.25, 0.75], [0.75, 0.25], [math.nan, 7.0]])
+    metric.update(rows, torch.tensor([1, 0, 0]), torch.tensor([0, 1, 0]))
+    assert (metric.invalid, metric.nonfinite) == (0, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("classes", [2, 10, 1000, 21841])
+def test_a_softmax_of_any_dtype_is_probabilities(classes, dtype):
+    probabilities = (3 * torch.randn(50, classes, generator=torch.Generator().manual_seed(0))).to(dtype).softmax(1)
+    metric = cm.BalancedAccuracy(classes, preds="probabilities")
+    metric.update(probabilities, torch.zeros(50, dtype=torch.int64))
+    assert metric.count.sum() == 50
+
+
+def test_labels_of_scores_out_of_range_are_counted():
+    logits, target, _ = samples()
+    target[:3] = torch.tensor([-100, -1, CLASSES])
+    logits[3] = math.nan
+    for name in SCORES:
+        metric = MAKERS[name]()
+        metric.update(logits, target)
+        assert (metric.invalid, metric.nonfinite) == (2, 1)
+
+
 def test_pixels_are_samples():
     logits, target, group = samples(120)
     a, b = MAKERS["odds"](), MAKERS["odds"]()

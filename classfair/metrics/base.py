@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -188,8 +189,9 @@ class ClassMetric(SummedMetric):
 
         Raises:
             TypeError, ValueError: arguments of the wrong kind, shape, dtype or device.
-            IndexError: on the CPU, a label or group out of range; on other devices the sample is left out and counted
-                in ``invalid``.
+            IndexError, ValueError: on the CPU, a label or group out of range, or a row said to be probabilities with a
+                value outside [0, 1] or a sum that is off 1 by more than 0.001 (bfloat16: 0.008); on other devices the
+                sample is left out and counted in ``invalid``.
         """
         if isinstance(preds, BatchStats):
             if target is not None or group is not None:
@@ -239,7 +241,11 @@ class ClassMetric(SummedMetric):
         if group is not None:
             check.check_labels_tensor(self._name, "group", group, target.shape)
             check.check_device(self._name, "group", group, preds.device, self.preds)
+        wrong = None
         if self.preds == "probabilities":
+            counted = target != self.ignore_index
+            wrong = wrong_probabilities(self, logits, counted if group is None else counted & (group != -1))
+            target = torch.where(wrong, self.ignore_index, target)
             logits = logits.double().log()  # softmax(log p) = p; in float64 no two probabilities become one logit
         _, stats = cross_entropy_with_stats(
             logits,
@@ -250,7 +256,7 @@ class ClassMetric(SummedMetric):
             differentiable=False,
             **options,
         )
-        return stats
+        return stats if wrong is None else replace(stats, invalid=stats.invalid + wrong.sum())
 
     def _add(self, stats: BatchStats) -> None:
         groups, classes = stats.count.shape
@@ -296,6 +302,29 @@ def check_scores(metric: SummedMetric, preds: Any, target: Any) -> Tensor:
     check.check_labels_tensor(metric._name, "target", target, (preds.shape[0], *preds.shape[2:]))
     check.check_device(metric._name, "target", target, preds.device, metric.preds)
     return preds
+
+
+def wrong_probabilities(metric: SummedMetric, scores: Tensor, counted: Tensor) -> Tensor:
+    """Which of the counted rows (N, ...) of scores (N, C, ...) are no probabilities; an error where looking is free.
+
+    Not those with a NaN: they are not finite, whatever else they are.
+    """
+    scores = scores.detach()
+    total, least = scores.sum(1, dtype=torch.float64), scores.amin(1)
+    tolerance = max(1e-3, torch.finfo(scores.dtype).eps)  # a softmax in bfloat16 is off by up to 0.002
+    wrong = counted & ((least < 0) | ((total - 1).abs() > tolerance))  # a value above 1 shows in the sum
+    if host_can_look(scores.device) and wrong.any():
+        row = tuple(int(i) for i in wrong.nonzero()[0])
+        raise ValueError(
+            f"{metric._name}: expected probabilities in [0, 1] with sum 1 (logits are preds='logits'), got a row with"
+            f" least value {least[row]:.4g} and sum {total[row]:.4g} at {row[0] if len(row) == 1 else row}"
+        )
+    return wrong
+
+
+def host_can_look(device: torch.device) -> bool:
+    """Whether the values of a tensor can be read without waiting for its device."""
+    return device.type == "cpu"
 
 
 def check_size(function: str, name: str, value: Any) -> None:
