@@ -1,10 +1,12 @@
-"""One of each torchmetrics class, and what a process does with them; imports little, because processes import it."""
+"""One of each torchmetrics class, how tests compare them, and what a process does with them (it imports this)."""
 
 import warnings
 from datetime import timedelta
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import classfair.metrics as cm
 from classfair import cross_entropy_with_stats, demographic_parity_loss, effective_frequency, iou_loss
@@ -61,6 +63,26 @@ def update(metric, name, logits, target, group):
 def values(result):
     """A list of NumPy arrays."""
     return [v.numpy() for v in (result.values() if isinstance(result, dict) else [result])]
+
+
+def assert_same(a, b, exact=False):
+    for x, y in zip(values(a), values(b), strict=True):
+        if exact:
+            np.testing.assert_array_equal(x, y)
+        else:
+            np.testing.assert_allclose(x, y, rtol=1e-6)  # probabilities of float32 logits are added up per batch
+
+
+class Forbidden(TorchDispatchMode):
+    """What waits for the device, or has a shape that depends on values."""
+
+    names = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "bincount", "is_nonzero")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert not any(name in str(func) for name in self.names), func
+        if "aten.index.Tensor" in str(func):
+            assert not any(i is not None and i.dtype == torch.bool for i in args[1]), func
+        return func(*args, **(kwargs or {}))
 
 
 class Own(cm.ClassMetric):
