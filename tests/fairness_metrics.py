@@ -1,12 +1,15 @@
-"""One of each torchmetrics class, and what a process does with them; imports little, because processes import it."""
+"""One of each torchmetrics class, how tests compare them, and what a process does with them (it imports this)."""
 
 import warnings
+from datetime import timedelta
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import classfair.metrics as cm
-from classfair import effective_frequency
+from classfair import cross_entropy_with_stats, demographic_parity_loss, effective_frequency, iou_loss
 
 NAN = float("nan")
 CLASSES, GROUPS = 5, 3
@@ -62,6 +65,26 @@ def values(result):
     return [v.numpy() for v in (result.values() if isinstance(result, dict) else [result])]
 
 
+def assert_same(a, b, exact=False):
+    for x, y in zip(values(a), values(b), strict=True):
+        if exact:
+            np.testing.assert_array_equal(x, y)
+        else:
+            np.testing.assert_allclose(x, y, rtol=1e-6)  # probabilities of float32 logits are added up per batch
+
+
+class Forbidden(TorchDispatchMode):
+    """What waits for the device, or has a shape that depends on values."""
+
+    names = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "bincount", "is_nonzero")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert not any(name in str(func) for name in self.names), func
+        if "aten.index.Tensor" in str(func):
+            assert not any(i is not None and i.dtype == torch.bool for i in args[1]), func
+        return func(*args, **(kwargs or {}))
+
+
 class Own(cm.ClassMetric):
     """A user's metric with states of its own."""
 
@@ -106,4 +129,52 @@ def run_rank(rank, world, path, results):
             if name in STATISTICS:  # its own again after compute
                 assert metric.count.sum() == stop - start
     results[rank] = found
+    dist.destroy_process_group()
+
+
+PENALTIES = {"iou": iou_loss, "parity": demographic_parity_loss}
+UNEQUAL = ([(0, 30), (30, 80)], [(80, 100), (100, 150), (150, 200)])  # batches of each process: two and three
+
+
+def penalties_of(batches, **kwargs):
+    """Penalties of all rows, and of batches averaged, as metrics."""
+    logits, target, group = samples()
+    found = {}
+    for name, penalty in PENALTIES.items():
+        whole = cm.StatsMetric(CLASSES, penalty, num_groups=GROUPS, **kwargs)
+        average = cm.BatchAverage(cm.StatsMetric(CLASSES, penalty, num_groups=GROUPS), **kwargs)
+        for kind, metric in (("whole", whole), ("average", average)):
+            for start, stop in batches:
+                metric.update(logits[start:stop], target[start:stop], group[start:stop])
+            found[name, kind] = metric.compute().item()
+    return found
+
+
+def _error(call):
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def run_unequal_rank(rank, path, results):
+    """Penalties as metrics where processes have unequal numbers of batches; and statistics of all processes."""
+    warnings.simplefilter("ignore")
+    rendezvous, limit = f"file://{path}", timedelta(seconds=30)  # an error instead of waiting for ever
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2, timeout=limit)
+    alone = penalties_of(UNEQUAL[0], sync_on_compute=False) if rank == 0 else None
+    together = penalties_of(UNEQUAL[rank])
+    stats = cross_entropy_with_stats(*samples()[:2])[1].all_reduce()
+    metrics = {
+        "BalancedAccuracy": cm.BalancedAccuracy(CLASSES),
+        "BatchAverage": cm.BatchAverage(cm.BalancedAccuracy(CLASSES)),
+        "not synced": cm.BalancedAccuracy(CLASSES, sync_on_compute=False),
+        "one process": cm.BalancedAccuracy(CLASSES, process_group=[dist.new_group([r]) for r in range(2)][rank]),
+    }
+    refused = {
+        name: (_error(lambda m=m: m.update_from(stats)), _error(lambda m=m: m.update(stats)))
+        for name, m in metrics.items()
+    }
+    results[rank] = alone, together, refused
     dist.destroy_process_group()

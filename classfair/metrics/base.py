@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_sum
@@ -69,6 +71,16 @@ class SummedMetric(Metric):
             super()._sync_dist(dist_sync_fn, process_group)
         finally:
             self._reductions = every
+
+    def _check_statistics(self, stats: Any) -> None:
+        """Statistics that ``compute`` can add up over processes: those of all of them would count several times."""
+        if not isinstance(stats, BatchStats):
+            raise TypeError(f"{self._name}: expected stats as BatchStats, got {type(stats).__name__}")
+        sync = (self.sync_on_compute or self.dist_sync_on_step) and self.distributed_available_fn()
+        if stats.synced and sync and dist.get_world_size(self.process_group) > 1:
+            raise ValueError(
+                f"{self._name}.update_from: expected statistics of this process, got those of all processes"
+            )
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Figure and axes with a value, or with the course of a list of values (default: of ``compute()``).
@@ -177,12 +189,14 @@ class ClassMetric(SummedMetric):
 
         Raises:
             TypeError, ValueError: arguments of the wrong kind, shape, dtype or device.
-            IndexError: on the CPU, a label or group out of range; on other devices the sample is left out and counted
-                in ``invalid``.
+            IndexError, ValueError: on the CPU, a label or group out of range, or a row said to be probabilities with a
+                value outside [0, 1] or a sum that is off 1 by more than 0.001 (bfloat16: 0.008); on other devices the
+                sample is left out and counted in ``invalid``.
         """
         if isinstance(preds, BatchStats):
             if target is not None or group is not None:
                 raise ValueError(f"{self._name}: expected statistics alone, got target or group as well")
+            self._check_statistics(preds)
             self._add(preds)
             return
         if target is None:
@@ -198,17 +212,17 @@ class ClassMetric(SummedMetric):
         """Add a batch by the statistics of its loss, without a second pass over the logits.
 
         The same as ``update(stats)``, which is for a ``MetricCollection``. In several processes give each batch's own
-        statistics: ``compute`` adds up those of all processes.
+        statistics, not those of ``all_reduce``: ``compute`` adds up those of all processes.
 
         Args:
-            stats: of ``with_stats`` or ``cross_entropy_with_stats`` with this C, and G groups (any where
-                ``num_groups=1``).
+            stats: of ``with_stats`` or ``cross_entropy_with_stats`` with this C, and G groups. With ``num_groups=1``
+                any number of groups, which are added up; samples with group -1 are in none of them and do not count,
+                unlike in ``update(preds, target)``, which ignores groups.
 
         Raises:
-            TypeError, ValueError: no BatchStats, or of other C or G.
+            TypeError, ValueError: no BatchStats, or of other C or G, or of all processes where ``compute`` adds up.
         """
-        if not isinstance(stats, BatchStats):
-            raise TypeError(f"{self._name}: expected stats as BatchStats, got {type(stats).__name__}")
+        self._check_statistics(stats)
         self.update(stats)
 
     def _statistics(self, preds: Tensor, target: Tensor, group: Tensor | None, **options: Any) -> BatchStats:
@@ -227,7 +241,11 @@ class ClassMetric(SummedMetric):
         if group is not None:
             check.check_labels_tensor(self._name, "group", group, target.shape)
             check.check_device(self._name, "group", group, preds.device, self.preds)
+        wrong = None
         if self.preds == "probabilities":
+            counted = target != self.ignore_index
+            wrong = wrong_probabilities(self, logits, counted if group is None else counted & (group != -1))
+            target = torch.where(wrong, self.ignore_index, target)
             logits = logits.double().log()  # softmax(log p) = p; in float64 no two probabilities become one logit
         _, stats = cross_entropy_with_stats(
             logits,
@@ -238,7 +256,7 @@ class ClassMetric(SummedMetric):
             differentiable=False,
             **options,
         )
-        return stats
+        return stats if wrong is None else replace(stats, invalid=stats.invalid + wrong.sum())
 
     def _add(self, stats: BatchStats) -> None:
         groups, classes = stats.count.shape
@@ -260,9 +278,12 @@ class ClassMetric(SummedMetric):
         return self._squeeze(self.correct.double() / self.count)
 
     def statistics(self) -> BatchStats:
-        """What has been added up so far, in this process."""
+        """What has been added up so far, in this process; inside ``compute``, in all processes that it adds up.
+
+        Marked as ``synced``, so that a penalty of them, in ``compute``, does not add up processes once more.
+        """
         states = {name: getattr(self, name) for name in (*COUNTS, *SUMS, *DIAGNOSTICS)}
-        return BatchStats(**states, prediction=self.count.new_empty(0))
+        return BatchStats(**states, prediction=self.count.new_empty(0), synced=True)
 
     def _squeeze(self, value: Tensor) -> Tensor:  # (G, ...)
         return value.squeeze(0) if self.num_groups == 1 else value
@@ -281,6 +302,29 @@ def check_scores(metric: SummedMetric, preds: Any, target: Any) -> Tensor:
     check.check_labels_tensor(metric._name, "target", target, (preds.shape[0], *preds.shape[2:]))
     check.check_device(metric._name, "target", target, preds.device, metric.preds)
     return preds
+
+
+def wrong_probabilities(metric: SummedMetric, scores: Tensor, counted: Tensor) -> Tensor:
+    """Which of the counted rows (N, ...) of scores (N, C, ...) are no probabilities; an error where looking is free.
+
+    Not those with a NaN: they are not finite, whatever else they are.
+    """
+    scores = scores.detach()
+    total, least = scores.sum(1, dtype=torch.float64), scores.amin(1)
+    tolerance = max(1e-3, torch.finfo(scores.dtype).eps)  # a softmax in bfloat16 is off by up to 0.002
+    wrong = counted & ((least < 0) | ((total - 1).abs() > tolerance))  # a value above 1 shows in the sum
+    if host_can_look(scores.device) and wrong.any():
+        row = tuple(int(i) for i in wrong.nonzero()[0])
+        raise ValueError(
+            f"{metric._name}: expected probabilities in [0, 1] with sum 1 (logits are preds='logits'), got a row with"
+            f" least value {least[row]:.4g} and sum {total[row]:.4g} at {row[0] if len(row) == 1 else row}"
+        )
+    return wrong
+
+
+def host_can_look(device: torch.device) -> bool:
+    """Whether the values of a tensor can be read without waiting for its device."""
+    return device.type == "cpu"
 
 
 def check_size(function: str, name: str, value: Any) -> None:

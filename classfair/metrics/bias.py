@@ -15,53 +15,63 @@ from classfair.metrics.base import ClassMetric, check_size
 from classfair.metrics.splits import class_vector
 from classfair.statistics import BatchStats
 
-NORMALIZE = (None, "sum", "samples")
+NORMALIZE = ("none", "sum", "samples")
+
+
+def one_group(name: str, kwargs: dict[str, Any]) -> int:
+    """1, and without ``num_groups`` in ``kwargs``: of metrics that do not tell groups apart."""
+    groups = kwargs.pop("num_groups", 1)
+    if groups != 1:
+        raise ValueError(f"{name}: expected num_groups=1 (groups are not told apart), got {groups}")
+    return 1
 
 
 class PredictionBias(ClassMetric):
     """Probability that each class receives from samples of other classes, and from its own (Cui et al. 2024).
 
-    ``G_n[c] = sum of p(c|x) over samples of other classes`` = mass - hit, ``G_p[c] = sum of p(c|x) over its own`` =
-    hit. On balanced data classes with a large G_n are the ones a model prefers, at the cost of the others.
+    ``negative[c] = sum of p(c|x) over samples of other classes`` = mass - hit (their G_n), ``positive[c] = sum of
+    p(c|x) over its own`` = hit (G_p). On balanced data classes with much negative mass are the ones a model prefers, at
+    the cost of the others. :func:`classfair.prediction_bias` is the same of statistics.
 
     Args:
         num_classes, num_groups, ignore_index, kwargs: see :class:`ClassMetric`.
         preds: ``"logits"`` or ``"probabilities"``.
-        normalize: None: sums; ``"sum"``: each of the two adds up to 1 over the classes; ``"samples"``: sums divided by
-            the number of samples, so that both together add up to 1.
+        normalize: ``"none"``: sums; ``"sum"``: each of the two adds up to 1 over the classes; ``"samples"``: sums
+            divided by the number of samples, so that both together add up to 1.
 
     Returns:
-        dict of ``G_n`` and ``G_p``, float64 ``(C,)``, or ``(G, C)`` where G > 1, >= 0; NaN where the divisor is 0.
+        dict of ``negative`` and ``positive``, float64 ``(C,)``, or ``(G, C)`` where G > 1, >= 0; NaN where the
+        divisor is 0.
 
     Example:
         >>> metric = classfair.metrics.PredictionBias(num_classes=2, preds="probabilities", normalize="samples")
         >>> metric.update(torch.tensor([[0.75, 0.25], [0.5, 0.5]]), torch.tensor([0, 1]))
-        >>> metric.compute()["G_n"]
+        >>> metric.compute()["negative"]
         tensor([0.2500, 0.1250], dtype=torch.float64)
     """
 
     _needs_probabilities = True
 
-    def __init__(self, num_classes: int, num_groups: int = 1, *, normalize: str | None = None, **kwargs: Any) -> None:
+    def __init__(self, num_classes: int, num_groups: int = 1, *, normalize: str = "none", **kwargs: Any) -> None:
         super().__init__(num_classes, num_groups, **kwargs)
         check.check_choice(self._name, "normalize", normalize, NORMALIZE)
         self.normalize = normalize
 
     def compute(self) -> dict[str, Tensor]:
         # Sums rounded on their own: where a class receives nothing, their difference may lie an ulp below 0.
-        received, earned = (self.mass - self.hit).clamp_min(0), self.hit
+        negative, positive = (self.mass - self.hit).clamp_min(0), self.hit
         if self.normalize == "sum":
-            received, earned = (v / v.sum(1, keepdim=True) for v in (received, earned))
+            negative, positive = (v / v.sum(1, keepdim=True) for v in (negative, positive))
         elif self.normalize == "samples":
             samples = self.count.sum(1, keepdim=True)
-            received, earned = received / samples, earned / samples
-        return {"G_n": self._squeeze(received), "G_p": self._squeeze(earned)}
+            negative, positive = negative / samples, positive / samples
+        return {"negative": self._squeeze(negative), "positive": self._squeeze(positive)}
 
     def _draw(self, value: Any, ax: Any) -> Any:
-        received = value["G_n"]
-        if received.dim() == 1:
-            return _charts.bars(range(received.numel()), received, ax, "probability from other classes (G_n)", "class")
-        return super()._draw(received, ax)
+        negative = value["negative"]
+        if negative.dim() == 1:
+            return _charts.bars(range(negative.numel()), negative, ax, "probability from other classes", "class")
+        return super()._draw(negative, ax)
 
 
 class EffectiveFrequency(ClassMetric):
@@ -119,7 +129,7 @@ class CumulativeFalsePositives(ClassMetric):
     def __init__(self, train_count: Any, **kwargs: Any) -> None:
         name = "CumulativeFalsePositives"
         counts = class_vector(name, "train_count", as_counts(train_count, name, "train_count"))
-        super().__init__(counts.size, 1, **kwargs)
+        super().__init__(counts.size, one_group(name, kwargs), **kwargs)
         self.register_buffer("order", torch.from_numpy(frequency_order(counts)), persistent=False)
 
     def compute(self) -> dict[str, Tensor]:
@@ -163,7 +173,7 @@ class ConfusionMatrix(ClassMetric):
                 f"{type(self).__name__}: expected at most {MAX_CONFUSION_CLASSES} classes, got {num_classes}"
                 f" ({8 * num_classes**2 / 1e9:.1f} GB); every other metric needs O(C)"
             )
-        super().__init__(num_classes, 1, preds=preds, **kwargs)
+        super().__init__(num_classes, one_group(type(self).__name__, kwargs), preds=preds, **kwargs)
         zero = torch.zeros(num_classes, num_classes, dtype=torch.int64)
         self.add_state("confusion", zero, dist_reduce_fx="sum")
 

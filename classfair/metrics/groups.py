@@ -57,15 +57,19 @@ class _GroupMetric(ClassMetric):
 
 
 def between_groups(rates: Tensor, reduction: str) -> Tensor:
-    """Largest difference, or smallest ratio, between groups (dimension -2) over all other dimensions; NaN left out."""
+    """Largest difference, or smallest ratio, between groups (dimension -2) over all other dimensions.
+
+    Groups without a rate are left out, and so is what fewer than two groups have a rate of: nothing to compare.
+    """
     missing = rates.isnan()
+    comparable = (~missing).sum(-2) > 1
     high = rates.masked_fill(missing, -torch.inf).amax(-2)
     low = rates.masked_fill(missing, torch.inf).amin(-2)
     if reduction == "difference":
-        worst = (high - low).amax()  # -inf where no group has a rate
+        worst = torch.where(comparable, high - low, -torch.inf).amax()
         return torch.where(worst.isinf(), torch.nan, worst)
-    # 0 / 0 and inf / -inf are NaN: no group has the rate, or none has it above 0.
-    ratio = (low / high).nan_to_num(nan=torch.inf).amin()
+    # 0 / 0 is NaN: no group has a rate above 0.
+    ratio = torch.where(comparable, low / high, torch.nan).nan_to_num(nan=torch.inf).amin()
     return torch.where(ratio.isinf(), torch.nan, ratio)
 
 
@@ -85,7 +89,8 @@ class DemographicParity(_GroupMetric):
 
     Returns:
         float64 in [0, 1]: a scalar, ``(G, C)`` for ``"by_group"``, ``(C,)`` for ``"overall"``. Groups without a sample
-        are NaN and left out; so are from the ratio classes that nobody is predicted as. NaN if nothing is left.
+        are NaN and left out; so are from the ratio classes that nobody is predicted as. NaN if nothing is left, or
+        fewer than two groups: no comparison is not a fair one.
 
     Example:
         >>> metric = classfair.metrics.DemographicParity(num_classes=2, num_groups=2, preds="labels")
@@ -105,7 +110,8 @@ class EqualizedOdds(_GroupMetric):
     Each class against the rest: :math:`\mathrm{TPR} = P(\hat y = c \mid y = c, g)` and
     :math:`\mathrm{FPR} = P(\hat y = c \mid y \ne c, g)`; with ``soft``, mean probabilities of c. Two classes: equal to
     fairlearn's ``equalized_odds_difference`` and ``equalized_odds_ratio`` with class 1 as the positive one, where
-    every group has samples of both classes (elsewhere fairlearn takes an undefined rate as 0). More: the largest
+    every group has samples of both classes (elsewhere fairlearn counts an undefined rate as 0; here it is left out, and
+    a rate that fewer than two groups have is not compared). More: the largest
     difference, or the smallest ratio, of both rates over the classes. This is what counts of O(G C) can tell;
     confusions of a class with particular others are averaged in its FPR.
 
@@ -116,8 +122,8 @@ class EqualizedOdds(_GroupMetric):
 
     Returns:
         float64 in [0, 1]: a scalar, ``(2, G, C)`` for ``"by_group"``, ``(2, C)`` for ``"overall"``, the TPR and then
-        the FPR. Rates without a sample are NaN and left out, rates that are 0 in all groups are left out of the ratio;
-        NaN if nothing is left.
+        the FPR. Rates without a sample are NaN and left out, as are rates that fewer than two groups have; rates that
+        are 0 in all groups are left out of the ratio. NaN if nothing is left.
 
     Example:
         >>> metric = classfair.metrics.EqualizedOdds(num_classes=2, num_groups=2, preds="labels")
@@ -149,7 +155,7 @@ class GroupIoU(_GroupMetric):
 
     Returns:
         float64: ``"by_group"`` ``(G,)``, else a scalar, in [0, 1]. Groups without a sample are NaN and left out;
-        ``"std"`` of fewer than two groups is NaN.
+        what compares fewer than two groups is NaN.
 
     Example:
         >>> metric = classfair.metrics.GroupIoU(num_classes=2, num_groups=2, preds="labels", reduction="by_group")

@@ -11,17 +11,39 @@ from torchmetrics.functional.classification import binary_auroc
 
 from classfair import _validate as check
 from classfair.metrics import _charts
-from classfair.metrics.base import SummedMetric, check_scores, check_size
+from classfair.metrics.base import DIAGNOSTICS, SummedMetric, check_scores, check_size, wrong_probabilities
 from classfair.statistics import BatchStats
 
 
 class _ScoreMetric(SummedMetric):
     plot_lower_bound = 0.0
     plot_upper_bound = 1.0
+    invalid: Tensor
+    nonfinite: Tensor
 
     def __init__(self, num_classes: int, *, preds: str = "logits", ignore_index: int = -100, **kwargs: Any) -> None:
         super().__init__(num_classes, preds=preds, ignore_index=ignore_index, **kwargs)
         check.check_choice(self._name, "preds", preds, ("logits", "probabilities"))
+        for name in DIAGNOSTICS:
+            self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, preds: Tensor, target: Tensor, group: Tensor | None = None) -> None:
+        """Add a batch.
+
+        Args:
+            preds: ``(N, C)`` or ``(N, C, d1, ...)`` logits or probabilities, as ``preds`` of the class says.
+            target: int64 ``(N,)`` or ``(N, d1, ...)``.
+            group: ignored, for a ``MetricCollection`` with metrics of groups.
+
+        Raises:
+            TypeError, ValueError: arguments of the wrong kind, shape, dtype or device; on the CPU, rows that are no
+                probabilities, as :meth:`ClassMetric.update`.
+        """
+        self._add_rows(*self._rows(preds, target))
+
+    def _add_rows(self, scores: Tensor, target: Tensor) -> None:
+        """Add scores (N, C) and labels (N,)."""
+        raise NotImplementedError
 
     def _rows(self, preds: Any, target: Any) -> tuple[Tensor, Tensor]:
         """Scores (N, C), classes last, and labels (N,)."""
@@ -33,11 +55,17 @@ class _ScoreMetric(SummedMetric):
         return scores.detach().movedim(1, -1).reshape(-1, self.num_classes), target.reshape(-1)
 
     def _counted(self, scores: Tensor, target: Tensor) -> Tensor:
-        """Rows that count: neither ignored nor out of range, and finite."""
-        known = (target >= 0) & (target < self.num_classes) & (target != self.ignore_index)
+        """Rows that count: neither ignored nor out of range, and finite. The others are counted."""
+        wanted = target != self.ignore_index
+        valid = wanted & (target >= 0) & (target < self.num_classes)
         if self.preds == "logits":  # -inf is a logit like any other, as long as not all are
-            return known & scores.to(check.acc_dtype(scores)).logsumexp(1).isfinite()
-        return known & scores.isfinite().all(1)
+            finite = scores.to(check.acc_dtype(scores)).logsumexp(1).isfinite()
+        else:
+            valid = valid & ~wrong_probabilities(self, scores, valid)
+            finite = scores.isfinite().all(1)
+        self.invalid = self.invalid + (wanted & ~valid).sum()
+        self.nonfinite = self.nonfinite + (valid & ~finite).sum()
+        return valid & finite
 
 
 class AUROC(_ScoreMetric):
@@ -80,13 +108,7 @@ class AUROC(_ScoreMetric):
         self.add_state("scores", [], dist_reduce_fx="cat")  # (N * C,), flat: see _sync_dist
         self.add_state("labels", [], dist_reduce_fx="cat")
 
-    def update(self, preds: Tensor, target: Tensor) -> None:
-        """Add a batch: ``preds`` (N, C) or (N, C, d1, ...), ``target`` int64 (N,) or (N, d1, ...).
-
-        Raises:
-            TypeError, ValueError: arguments of the wrong kind, shape, dtype or device.
-        """
-        scores, target = self._rows(preds, target)
+    def _add_rows(self, scores: Tensor, target: Tensor) -> None:
         counted = self._counted(scores, target)
         acc = check.acc_dtype(scores)
         # Logits of different samples compare only as probabilities.
@@ -197,13 +219,7 @@ class CalibrationError(_ScoreMetric):
         for name in ("count", "correct", "confidence"):
             self.add_state(name, torch.zeros(rows, n_bins + 1, dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, preds: Tensor, target: Tensor) -> None:
-        """Add a batch: ``preds`` (N, C) or (N, C, d1, ...), ``target`` int64 (N,) or (N, d1, ...).
-
-        Raises:
-            TypeError, ValueError: arguments of the wrong kind, shape, dtype or device.
-        """
-        scores, target = self._rows(preds, target)
+    def _add_rows(self, scores: Tensor, target: Tensor) -> None:
         counted = self._counted(scores, target).long()
         scores = scores.to(check.acc_dtype(scores))
         largest, prediction = scores.max(1)

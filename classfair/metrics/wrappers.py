@@ -29,6 +29,8 @@ class StatsMetric(ClassMetric):
 
     Raises:
         TypeError: a function that cannot be called.
+        ValueError: a function that fails on such statistics: it is called once, on those of no sample. Equalized odds
+            of a whole set is :class:`EqualizedOdds`, ``soft=True`` for that of the probabilities.
 
     Example:
         >>> metric = classfair.metrics.StatsMetric(3, classfair.effective_frequency)
@@ -44,6 +46,13 @@ class StatsMetric(ClassMetric):
             raise TypeError(f"StatsMetric: expected function to be callable, got {type(function).__name__}")
         super().__init__(num_classes, num_groups, **kwargs)
         self.function = function
+        try:
+            function(self.statistics())
+        except Exception as error:
+            raise ValueError(
+                "StatsMetric: expected a function of sums over batches, which keep no joint rows, predictions or"
+                f" confusion matrix (for equalized odds: EqualizedOdds(soft=...)), got {type(error).__name__}: {error}"
+            ) from error
 
     def compute(self) -> Any:
         return self.function(self.statistics())
@@ -96,6 +105,8 @@ class BatchAverage(SummedMetric):
 
     def update(self, preds: Tensor | BatchStats, target: Tensor | None = None, group: Tensor | None = None) -> None:
         """Add a batch, as :meth:`ClassMetric.update`."""
+        if isinstance(preds, BatchStats):
+            self._check_statistics(preds)
         self.metric.reset()
         self.metric.update(preds, target, group)
         value = self.metric.compute().double()
@@ -105,8 +116,7 @@ class BatchAverage(SummedMetric):
 
     def update_from(self, stats: BatchStats) -> None:
         """Add a batch by its statistics, as :meth:`ClassMetric.update_from`."""
-        if not isinstance(stats, BatchStats):
-            raise TypeError(f"{self._name}: expected stats as BatchStats, got {type(stats).__name__}")
+        self._check_statistics(stats)
         self.update(stats)
 
     def compute(self) -> Tensor:
