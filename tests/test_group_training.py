@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -305,6 +306,12 @@ def test_image_folder_with_a_table(tmp_path, capsys):
     with (tmp_path / "run" / "per_class.csv").open() as table:
         assert [row["test_count"] for row in csv.DictReader(table)] == ["6", "6"]  # those without a group count here
     capsys.readouterr()
+    write_csv(file, [row.translate(str.maketrans("xy", "yx")) for row in rows], "file,kind,only")
+    assert main(["train", "--resume", str(tmp_path / "run"), "--no-progress"]) == 2
+    assert "the groups of images changed" in capsys.readouterr().err
+    write_csv(file, rows, "file,kind,only")
+    assert main(["train", "--resume", str(tmp_path / "run"), "--no-progress"]) == 0
+    capsys.readouterr()
     assert main([*job, "--group-column", "only", "--output", str(tmp_path / "other")]) == 2
     assert "expected two groups or more among training images for a penalty, got same" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
@@ -318,3 +325,26 @@ def test_a_checkpoint_of_other_groups_is_refused():
     state["group_names"] = ["old", "young"]
     with pytest.raises(ValueError, match="expected a checkpoint with the groups of the data, got other groups"):
         run.load_state_dict(state)
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_a_checkpoint_of_other_groups_of_the_same_names_is_refused(part):
+    config = digits(epochs=1)
+    data = load_data(config, 0)
+    run = Run("ce", 0, data, config, CPU, Processes())
+    run.next_epoch()
+    Run("ce", 0, load_data(config, 0), config, CPU, Processes()).load_state_dict(run.state_dict())
+    swapped = replace(data.groups, **{part: 1 - getattr(data.groups, part)})
+    other = Run("ce", 0, replace(data, groups=swapped), config, CPU, Processes())
+    with pytest.raises(ValueError, match="the groups of images changed"):
+        other.load_state_dict(run.state_dict())
+
+
+def test_a_checkpoint_without_groups_names_none():
+    config = TrainConfig(epochs=1)
+    run = Run("ce", 0, load_data(config, 0), config, CPU, Processes())
+    run.next_epoch()
+    state = run.state_dict()
+    assert state["format_version"] == 2
+    assert not any(key.startswith("group") for key in state)
+    run.load_state_dict(state)

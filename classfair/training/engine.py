@@ -263,6 +263,10 @@ class Run:
         parts |= {"lr_schedule": self.lr_schedule, "scaler": self.scaler}
         return parts | {f"schedule{i}": schedule for i, schedule in enumerate(self.schedules)}
 
+    def _group_state(self) -> dict[str, Any]:
+        groups = self.data.groups
+        return {} if groups is None else {"group_names": groups.names, "group_digest": groups.digest}
+
     def state_dict(self) -> dict[str, Any]:
         """The content of a checkpoint: tensors and plain values only."""
         assert self.train is not None
@@ -274,7 +278,7 @@ class Run:
             "epoch": self.epoch,
             "config": self.config.as_dict(),
             "class_names": self.data.class_names,
-            **({"group_names": self.group_names} if self.group_names else {}),
+            **self._group_state(),
             "train_loss": self.train_loss,
             "train": self.train.state_dict(),
             "val": self.val.state_dict(),
@@ -285,8 +289,13 @@ class Run:
         """Go on where a checkpoint stands; ValueError if it is that of another job."""
         if state["class_names"] != self.data.class_names:
             raise ValueError("expected a checkpoint with the classes of the data, got other classes")
-        if state.get("group_names", []) != self.group_names:
+        groups = self._group_state()
+        if state.get("group_names") != groups.get("group_names"):
             raise ValueError("expected a checkpoint with the groups of the data, got other groups")
+        if state.get("group_digest") != groups.get("group_digest"):
+            raise ValueError(
+                "expected every image in the group that it had before the interruption: the groups of images changed"
+            )
         try:
             for name, part in self._parts().items():
                 part.load_state_dict(state[name])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,14 @@ class Groups:
     def incomplete(self) -> bool:
         """Whether an image has no group."""
         return any(bool((part == NO_GROUP).any()) for part in (self.train, self.val))
+
+    @property
+    def digest(self) -> str:
+        """What tells another assignment from this one: of every image's group, in the order of the images."""
+        digest = hashlib.sha256()
+        for part in (self.train, self.val):
+            digest.update(len(part).to_bytes(8, "little") + part.to(torch.int64).cpu().numpy().astype("<i8").tobytes())
+        return digest.hexdigest()
 
 
 def read_groups(file: Path, column: str, root: Path, train: list[str], val: list[str]) -> Groups:
