@@ -14,7 +14,8 @@ from classfair.training import Processes, TrainConfig, train
 from classfair.training.data import Data, Groups, TensorBatches, load_data
 from classfair.training.engine import Run
 from classfair.training.fairness import PENALTIES, GroupTotals, measures, penalty
-from classfair.training.groups import read_groups
+from classfair.training.groups import check_for_penalty, read_groups
+from classfair.training.totals import Totals
 from tests.test_resume import assert_equal, interrupt
 from tests.test_torchrun import torchrun
 
@@ -160,6 +161,25 @@ def test_measures_where_there_is_nothing_to_measure(monkeypatch):
     assert set(measures(GroupTotals(2, 2, joint=True), 2)["penalties"]) == {"dp-l2", "dp-mi", "iou"}
 
 
+def test_images_without_a_group_take_no_room_in_the_table(monkeypatch):
+    monkeypatch.setattr("classfair.training.fairness.MAX_TABLE_BYTES", 2 * 2 * 2 * 8)
+    logits, target = torch.randn(9, 2), torch.arange(9) % 2
+    group = torch.arange(9) % 3  # the third is of images without a group
+    totals, whole = Totals(2, groups=3, joint=True, named=2), Totals(2, groups=2, joint=True)
+    for part, rows in ((totals, slice(None)), (whole, group < 2)):
+        loss, stats = classfair.cross_entropy_with_stats(
+            logits[rows], target[rows], group=group[rows], num_groups=part.groups.num_groups, joint=True
+        )
+        part.add(loss, stats.count.sum(), stats)
+    again = Totals.from_state(totals.state_dict())
+    expected = whole.by_group(["a", "b"])
+    assert set(expected["penalties"]) == set(PENALTIES)
+    for part in (totals, again):
+        fares = part.by_group(["a", "b"])
+        assert fares["penalties"] == pytest.approx(expected["penalties"])
+        assert (fares["count"], fares["accuracy"], fares["iou"]) == ([3, 3], expected["accuracy"], expected["iou"])
+
+
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
     path = tmp_path_factory.mktemp("groups") / "run"
@@ -193,6 +213,19 @@ def test_the_closing_table_has_the_groups(tmp_path, capsys):
     output = capsys.readouterr().out
     assert "worst group" in output
     assert "Groups: coarse, sharp" in output
+    assert "left out" not in output
+
+
+@pytest.mark.parametrize("flags", [(), ("--json",)])
+def test_a_table_that_does_not_fit_is_named(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("classfair.training.fairness.MAX_TABLE_BYTES", 10 * 2 * 10 * 8 - 1)
+    assert main([*SHORT, *flags, "--fairness", "eo-l2", "--epochs", "1", "--output", str(tmp_path / "run")]) == 0
+    captured = capsys.readouterr()
+    (line,) = (x for x in (captured.err if flags else captured.out).splitlines() if "left out" in x)
+    assert "Test penalties eo-l2 and eo-mi are left out: their table of 10 x 2 x 10 numbers is above" in line
+    assert not flags or json.loads(captured.out)
+    (run,) = json.loads((tmp_path / "run" / "metrics.json").read_text())["runs"]
+    assert set(run["groups"]["val"]["penalties"]) == {"dp-l2", "dp-mi", "iou"}
 
 
 def test_resumed_is_uninterrupted(job, tmp_path, monkeypatch, capsys):
@@ -314,7 +347,20 @@ def test_image_folder_with_a_table(tmp_path, capsys):
     capsys.readouterr()
     assert main([*job, "--group-column", "only", "--output", str(tmp_path / "other")]) == 2
     assert "expected two groups or more among training images for a penalty, got same" in capsys.readouterr().err
+    numbers = [f"{row.split(',')[0]},{20 + i}" for i, row in enumerate(rows)]
+    write_csv(file, numbers, "file,age")
+    assert main([*job, "--group-column", "age", "--output", str(tmp_path / "other")]) == 2
+    message = "expected 2 training images or more of every group for a penalty, got 24 groups, of which 32 has 0"
+    assert f"{message}: numbers must be binned first" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
+
+
+def test_groups_that_are_too_small_for_a_penalty():
+    two, one = torch.tensor([0, 0, 1, 1, -1]), torch.tensor([0, 0, 1])
+    check_for_penalty(Groups(["a", "b"], two, one))
+    message = "expected 2 training images or more of every group for a penalty, got 2 groups, of which b has 1: numbers"
+    with pytest.raises(ValueError, match=message):
+        check_for_penalty(Groups(["a", "b"], one, two))
 
 
 def test_a_checkpoint_of_other_groups_is_refused():

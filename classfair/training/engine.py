@@ -129,7 +129,8 @@ class Run:
         return self._merged(totals, "training")
 
     def _totals(self, *, joint: bool) -> Totals:
-        return Totals(len(self.data.class_names), self.device, self.num_groups, joint=joint)
+        named = len(self.group_names)
+        return Totals(len(self.data.class_names), self.device, self.num_groups, joint=joint, named=named)
 
     def _step(self, window: list[Batch], totals: Totals) -> None:
         """One optimiser step: the mean loss over all images of all forward passes and processes.

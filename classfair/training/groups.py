@@ -13,6 +13,7 @@ from torch import Tensor
 
 MAX_GROUPS = 1000  # more values are names of images rather than of groups
 NO_GROUP = -1
+MIN_IMAGES = 2  # of a group with a penalty, in training
 PATH_COLUMNS = ("file", "image")
 
 
@@ -63,6 +64,21 @@ def read_groups(file: Path, column: str, root: Path, train: list[str], val: list
         if not (group >= 0).any():
             raise ValueError(f"expected {part} images with a {column} in {file}, got blanks only")
     return Groups(names, *parts)
+
+
+def check_for_penalty(groups: Groups) -> None:
+    """ValueError where a penalty has nothing to compare, or groups so small that it is chance."""
+    counts = torch.bincount(groups.train[groups.train != NO_GROUP], minlength=len(groups.names)).tolist()
+    present = [name for name, count in zip(groups.names, counts, strict=True) if count]
+    if len(present) < 2:
+        raise ValueError(f"expected two groups or more among training images for a penalty, got {present[0]}")
+    least = min(counts)
+    if least < MIN_IMAGES:
+        raise ValueError(
+            f"expected {MIN_IMAGES} training images or more of every group for a penalty, got {len(counts)} groups, of "
+            f"which {groups.names[counts.index(least)]} has {least}: numbers must be binned first, rare values merged "
+            "or left blank"
+        )
 
 
 def _read_column(file: Path, column: str, root: Path) -> dict[str, str]:

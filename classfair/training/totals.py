@@ -23,16 +23,23 @@ CLASS_COLUMNS = ("count", "correct", "predicted", "mass", "hit")
 class Totals:
     """Sums over the images of an epoch, of all processes after :meth:`merge`. They stay on the device.
 
-    With groups also by group, where ``groups`` counts images without one as one more group, the last.
+    With groups also by group, where ``groups`` counts images without one as one more group, the last; ``named``, all
+    of them unless told otherwise, does not.
     """
 
     def __init__(
-        self, num_classes: int, device: torch.device | None = None, groups: int = 0, *, joint: bool = False
+        self,
+        num_classes: int,
+        device: torch.device | None = None,
+        groups: int = 0,
+        *,
+        joint: bool = False,
+        named: int | None = None,
     ) -> None:
         self.counts = torch.zeros(3, num_classes, dtype=torch.int64, device=device)  # count, correct, predicted
         self.sums = torch.zeros(2, num_classes, dtype=torch.float64, device=device)  # mass, hit
         self.loss = torch.zeros(2, dtype=torch.float64, device=device)  # of losses, of their weights
-        self.groups = GroupTotals(groups, num_classes, device, joint=joint) if groups else None
+        self.groups = GroupTotals(groups, num_classes, device, joint=joint, named=named) if groups else None
 
     def add(self, loss: Tensor, weight: Tensor, stats: BatchStats) -> None:
         """Add a batch: sum of its losses, sum of their weights, statistics (1, C) or by group."""
@@ -55,7 +62,9 @@ class Totals:
     @classmethod
     def from_state(cls, state: dict[str, Tensor]) -> Totals:
         groups = state["group_counts"].shape[1] if "group_counts" in state else 0
-        totals = cls(state["counts"].shape[1], groups=groups, joint="group_joint" in state)
+        num_classes, joint = state["counts"].shape[1], state.get("group_joint")
+        named = None if joint is None else len(joint) // num_classes
+        totals = cls(num_classes, groups=groups, joint=joint is not None, named=named)
         for name, part in totals.state_dict().items():
             part.copy_(state[name])
         return totals
