@@ -284,6 +284,7 @@ def test_groups_of_a_table(tmp_path, images):
     swapped = [",".join(reversed(row.split(","))) for row in ROWS]
     assert read(tmp_path, images, write_csv(tmp_path / "h.csv", swapped, "sex,image")).names == ["f", "m"]
     assert read(tmp_path, images, write_csv(tmp_path / "i.csv", ROWS, "\ufeffpath,sex")).names == ["f", "m"]
+    assert read(tmp_path, images, write_csv(tmp_path / "k.csv", ROWS, " file, sex ")).names == ["f", "m"]
     absolute = [f"{tmp_path}/data/{row}" for row in ROWS]
     assert read(tmp_path, images, write_csv(tmp_path / "j.csv", absolute)).names == ["f", "m"]
 
@@ -301,6 +302,13 @@ def test_groups_of_a_table(tmp_path, images):
         ([], "", "expected a header in .*g.csv, got an empty file or line"),
         ([*ROWS[:3], "val/0.png,", "val/1.png,", "val/2.png,"], "file,sex", "validation images with a sex .* blanks"),
         ([row.split(",")[0] + "," for row in ROWS], "file,sex", "with 1 to 1000 different values, got 0"),
+        ([row.replace(",", ";") for row in ROWS], "file;sex", "columns separated by commas in .*, got semicolons"),
+        ([row.replace(",", "\t") for row in ROWS], "file\tsex", "columns separated by commas in .*, got tabs"),
+        (
+            ["0.png,m", "1.png,f", "0.png,f"],
+            "file,sex",
+            "got 0.png again in .*g.csv, line 4: paths start at the data folder, such as train/0.png$",
+        ),
         (['"unclosed,m'], "file,sex", "expected groups in a CSV file in UTF-8, got .*g.csv"),
     ],
 )

@@ -259,7 +259,6 @@ class TrainConfig:
             for name in (
                 "val_dir",
                 "split",
-                "groups",
                 "weights",
                 "mixup",
                 "cutmix",
@@ -270,6 +269,7 @@ class TrainConfig:
                 rules[name] = (not getattr(self, name), "to be left out with digits")
             for name, value in {"auto_augment": "none", "bad_images": "error"}.items():
                 rules[name] = (getattr(self, name) == value, "to be left out with digits")
+            rules["groups"] = (not self.groups, "with --data imagefolder:DIR")
         rules |= self._groups()
         if self.effective_frequency:
             used = bool({"la", "cb"} & set(self.loss))

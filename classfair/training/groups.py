@@ -48,7 +48,7 @@ def read_groups(file: Path, column: str, root: Path, train: list[str], val: list
         root: the data folder.
         train, val: paths of the images. Other rows of the file are left alone.
     """
-    values = _read_column(file, column, root)
+    values = _read_column(file, column, root, example=os.path.relpath(train[0], root))
     images = [os.path.normpath(path) for path in (*train, *val)]
     if missing := [path for path in images if path not in values]:
         some = ", ".join(os.path.relpath(path, root) for path in missing[:5])
@@ -81,12 +81,12 @@ def check_for_penalty(groups: Groups) -> None:
         )
 
 
-def _read_column(file: Path, column: str, root: Path) -> dict[str, str]:
-    """Value by path."""
+def _read_column(file: Path, column: str, root: Path, example: str) -> dict[str, str]:
+    """Value by path, whose form an example shows."""
     try:
         with file.open(newline="", encoding="utf-8-sig") as text:
             rows = csv.reader(text, strict=True)
-            header = next(rows, [])
+            header = [name.strip() for name in next(rows, [])]
             path_at, value_at = _columns(file, column, header)
             values: dict[str, str] = {}
             for row in rows:
@@ -97,7 +97,9 @@ def _read_column(file: Path, column: str, root: Path) -> dict[str, str]:
                     raise ValueError(f"expected {len(header)} columns in {where}, got {len(row)}")
                 path = os.path.normpath(os.path.join(root, row[path_at]))
                 if path in values:
-                    raise ValueError(f"expected one row per image, got {row[path_at]} again in {where}")
+                    bare = os.path.basename(row[path_at]) == row[path_at]
+                    hint = f": paths start at the data folder, such as {example}" if bare else ""
+                    raise ValueError(f"expected one row per image, got {row[path_at]} again in {where}{hint}")
                 values[path] = row[value_at].strip()
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"expected groups in a CSV file in UTF-8, got {file} ({error})") from None
@@ -110,6 +112,9 @@ def _columns(file: Path, column: str, header: list[str]) -> tuple[int, int]:
     """Where the paths are, and where the groups."""
     if not header:
         raise ValueError(f"expected a header in {file}, got an empty file or line")
+    if len(header) == 1 and (other := next((mark for mark in (";", "\t") if mark in header[0]), None)):
+        name = "semicolons" if other == ";" else "tabs"
+        raise ValueError(f"expected columns separated by commas in {file}, got {name}")
     if header.count(column) != 1:
         raise ValueError(f"expected group_column as one of {', '.join(header)} in {file}, got {column}")
     path = next((name for name in PATH_COLUMNS if name in header), header[0])
