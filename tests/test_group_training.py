@@ -13,7 +13,7 @@ from classfair.cli import main
 from classfair.training import Processes, TrainConfig, train
 from classfair.training.data import Data, Groups, TensorBatches, load_data
 from classfair.training.engine import Run
-from classfair.training.fairness import PENALTIES, GroupTotals, measures, penalty
+from classfair.training.fairness import PENALTIES, GroupTotals, _largest_difference, measures, penalty
 from classfair.training.groups import check_for_penalty, read_groups
 from classfair.training.totals import Totals
 from tests.test_resume import assert_equal, interrupt
@@ -63,9 +63,12 @@ def fares():
 
 @pytest.mark.parametrize("name", PENALTIES)
 def test_a_penalty_lowers_its_own_measure(name, fares):
-    """Each about tenfold, on images it was not trained on; accuracy stays far from chance."""
+    """To less than a fifth, on images it was not trained on; accuracy stays far from chance.
+
+    It falls to a ninth (iou) up to a 25th (eo-l2) with these two seeds; a fifth leaves room for other rounding.
+    """
     without, with_it = (sum(run["penalties"][name] for run in fares[key]) for key in ("none", name))
-    assert with_it < without / 4
+    assert with_it < without / 5
     assert all(run["worst_group"] > 0.35 for run in fares[name])
 
 
@@ -161,6 +164,12 @@ def test_measures_where_there_is_nothing_to_measure(monkeypatch):
     assert set(measures(GroupTotals(2, 2, joint=True), 2)["penalties"]) == {"dp-l2", "dp-mi", "iou"}
 
 
+def test_a_difference_is_between_two_groups_at_least():
+    nan = math.nan
+    assert math.isnan(_largest_difference(torch.tensor([[0.2, nan], [nan, 0.7]])))
+    assert _largest_difference(torch.tensor([[0.2, 0.1], [nan, 0.7], [0.3, nan]])) == pytest.approx(0.6)
+
+
 def test_images_without_a_group_take_no_room_in_the_table(monkeypatch):
     monkeypatch.setattr("classfair.training.fairness.MAX_TABLE_BYTES", 2 * 2 * 2 * 8)
     logits, target = torch.randn(9, 2), torch.arange(9) % 2
@@ -214,6 +223,27 @@ def test_the_closing_table_has_the_groups(tmp_path, capsys):
     assert "worst group" in output
     assert "Groups: coarse, sharp" in output
     assert "left out" not in output
+    assert "penalty" not in output
+
+
+@pytest.mark.parametrize("name", ["dp-mi", "eo-l2"])
+def test_the_trained_penalty_is_reported(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    flags = ["--fairness", name, "--loss", "metalad", "--seeds", "2", "--epochs", "2"]
+    assert main([*SHORT, *flags, "--output", str(tmp_path / "run")]) == 0
+    output = capsys.readouterr().out
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    values = [run["groups"]["val"]["penalties"][name] for run in metrics["runs"]]
+    assert [run["penalty"] for run in metrics["runs"]] == values
+    mean, sd = sum(values) / 2, abs(values[0] - values[1]) / 2**0.5
+    assert metrics["summary"]["metalad"]["penalty"] == pytest.approx({"mean": mean, "sd": sd})
+    assert metrics["columns"][-1] == "penalty"
+    headings = next(line for line in output.splitlines() if "sd of IoU" in line)
+    assert headings.split()[-1] == name
+    assert sum(line.split()[:1] == ["metalad"] for line in output.splitlines()) == 2  # neither table is cut off
+    assert f"{mean:.3g}±{sd:.1g}" in output
+    assert main([*SHORT, *flags, "--json", "--output", str(tmp_path / "json")]) == 0
+    assert json.loads(capsys.readouterr().out)["metalad"]["penalty"]["mean"] == pytest.approx(mean)
 
 
 @pytest.mark.parametrize("flags", [(), ("--json",)])
@@ -224,8 +254,10 @@ def test_a_table_that_does_not_fit_is_named(flags, tmp_path, monkeypatch, capsys
     (line,) = (x for x in (captured.err if flags else captured.out).splitlines() if "left out" in x)
     assert "Test penalties eo-l2 and eo-mi are left out: their table of 10 x 2 x 10 numbers is above" in line
     assert not flags or json.loads(captured.out)
-    (run,) = json.loads((tmp_path / "run" / "metrics.json").read_text())["runs"]
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    (run,) = metrics["runs"]
     assert set(run["groups"]["val"]["penalties"]) == {"dp-l2", "dp-mi", "iou"}
+    assert metrics["summary"]["ce"]["penalty"]["mean"] is None
 
 
 def test_resumed_is_uninterrupted(job, tmp_path, monkeypatch, capsys):

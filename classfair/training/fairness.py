@@ -131,7 +131,7 @@ def measures(totals: GroupTotals, groups: int) -> dict[str, Any]:
 
 
 def _largest_difference(rates: Tensor) -> float:
-    """(G, K) rates, nan where there is nothing to take one of; nan without any that two groups have."""
+    """Of (G, K) rates, nan where there is nothing to take one of: over the rates that two groups have; nan if none."""
     several = rates.isfinite().sum(0) > 1
     if not several.any():
         return math.nan

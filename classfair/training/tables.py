@@ -13,9 +13,8 @@ from rich.table import Table
 
 from classfair.training import fairness
 from classfair.training.config import TrainConfig
-from classfair.training.fairness import GROUP_COLUMNS
 from classfair.training.run_folder import json_ready
-from classfair.training.totals import COLUMNS, RunResult, summarise
+from classfair.training.totals import COLUMNS, RunResult, group_columns, summarise
 
 NAMES = {
     "ce": "cross-entropy",
@@ -37,8 +36,8 @@ HEADINGS = {
     "geometric_mean": "geo. mean",
     "worst_class": "worst",
     "worst_group": "worst group",
-    "demographic_parity": "DP difference",
-    "equalized_odds": "EO difference",
+    "demographic_parity": "DP diff.",
+    "equalized_odds": "EO diff.",
     "iou_sd": "sd of IoU",
 }
 
@@ -68,22 +67,24 @@ def print_results(results: list[RunResult], config: TrainConfig, path: Path, *, 
     console = Console()
     console.print(table)
     if results[0].groups:
-        console.print(_group_table(results, summary, f"{part} images by group in %, {spread}"))
+        console.print(_group_table(results, summary, config, f"{part} images by group in %, {spread}"))
     console.print(f"Run folder: {path}", soft_wrap=True, highlight=False, markup=False)
 
 
-def _group_table(results: list[RunResult], summary: dict[str, Any], title: str) -> Table:
+def _group_table(results: list[RunResult], summary: dict[str, Any], config: TrainConfig, title: str) -> Table:
+    trained = "" if config.fairness == "none" else f" {config.fairness}: the penalty on all of these images, not in %."
     table = Table(
         title=title,
         caption=f"Groups: {', '.join(results[0].groups)}. Differences are the largest between two groups: DP in how "
-        "often a class is predicted, EO in its true or false positives.",
+        f"often a class is predicted, EO in its true or false positives.{trained}",
         box=SIMPLE_HEAD,
     )
     table.add_column("loss")
-    for column in GROUP_COLUMNS:
-        table.add_column(HEADINGS[column], justify="right", no_wrap=True)
+    names = group_columns(config)
+    for column in names:
+        table.add_column(HEADINGS.get(column, config.fairness), justify="right", no_wrap=True)
     for loss, columns in summary.items():
-        table.add_row(loss, *(_cell(**columns[column]) for column in GROUP_COLUMNS))
+        table.add_row(loss, *(_cell(**columns[name], percent=name != "penalty") for name in names))
     return table
 
 
@@ -98,7 +99,9 @@ def _left_out(result: RunResult, part: str) -> str:
     )
 
 
-def _cell(mean: float, sd: float) -> str:
-    if mean != mean:  # nan: a group without classes
+def _cell(mean: float, sd: float, *, percent: bool = True) -> str:
+    if mean != mean:  # nan: a group without classes, a penalty that was left out
         return "\N{EN DASH}"
-    return f"{100 * mean:.1f}" + (f"±{100 * sd:.1f}" if sd == sd else "")
+    if percent:
+        return f"{100 * mean:.1f}" + (f"±{100 * sd:.1f}" if sd == sd else "")
+    return f"{mean:.3g}" + (f"±{sd:.1g}" if sd == sd else "")

@@ -161,7 +161,10 @@ class RunResult:
         return self.val.accuracy
 
     def columns(self, config: TrainConfig) -> dict[str, float]:
-        """The columns of the closing tables, in the order of COLUMNS and with groups GROUP_COLUMNS."""
+        """The columns of the closing tables, in the order of COLUMNS and with groups of :func:`group_columns`.
+
+        ``penalty`` is the trained one on the validation set, nan where it was left out of :func:`measures`.
+        """
         accuracy = self.accuracy
         shots = metrics.shot_accuracy(accuracy, self.train_count, many=config.many_shot, few=config.few_shot)
         columns = {
@@ -173,7 +176,14 @@ class RunResult:
         if self.groups:
             fares = self.val.by_group(self.groups)
             columns |= {name: fares[name] for name in GROUP_COLUMNS}
+            if config.fairness != "none":
+                columns["penalty"] = fares["penalties"].get(config.fairness, math.nan)
         return columns
+
+
+def group_columns(config: TrainConfig) -> tuple[str, ...]:
+    """What the closing table of groups has a column of: the penalty, too, where one was trained."""
+    return GROUP_COLUMNS if config.fairness == "none" else (*GROUP_COLUMNS, "penalty")
 
 
 def summarise(results: list[RunResult], config: TrainConfig) -> dict[str, Any]:
