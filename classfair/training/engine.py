@@ -22,7 +22,7 @@ from classfair.training.config import FEATURE_LOSSES, TrainConfig
 from classfair.training.data import Data, Draw, EvaluationOrder, TrainingOrder, derived_seed, load_data, loader
 from classfair.training.distributed import Processes, local_device
 from classfair.training.fairness import NEED_JOINT, penalty
-from classfair.training.groups import NO_GROUP
+from classfair.training.groups import NO_GROUP, check_same_groups, group_state
 from classfair.training.image_folder import BadImageError
 from classfair.training.models import build_model
 from classfair.training.objective import (
@@ -264,10 +264,6 @@ class Run:
         parts |= {"lr_schedule": self.lr_schedule, "scaler": self.scaler}
         return parts | {f"schedule{i}": schedule for i, schedule in enumerate(self.schedules)}
 
-    def _group_state(self) -> dict[str, Any]:
-        groups = self.data.groups
-        return {} if groups is None else {"group_names": groups.names, "group_digest": groups.digest}
-
     def state_dict(self) -> dict[str, Any]:
         """The content of a checkpoint: tensors and plain values only."""
         assert self.train is not None
@@ -279,7 +275,7 @@ class Run:
             "epoch": self.epoch,
             "config": self.config.as_dict(),
             "class_names": self.data.class_names,
-            **self._group_state(),
+            **group_state(self.data.groups),
             "train_loss": self.train_loss,
             "train": self.train.state_dict(),
             "val": self.val.state_dict(),
@@ -290,13 +286,7 @@ class Run:
         """Go on where a checkpoint stands; ValueError if it is that of another job."""
         if state["class_names"] != self.data.class_names:
             raise ValueError("expected a checkpoint with the classes of the data, got other classes")
-        groups = self._group_state()
-        if state.get("group_names") != groups.get("group_names"):
-            raise ValueError("expected a checkpoint with the groups of the data, got other groups")
-        if state.get("group_digest") != groups.get("group_digest"):
-            raise ValueError(
-                "expected every image in the group that it had before the interruption: the groups of images changed"
-            )
+        check_same_groups(self.data.groups, state)
         try:
             for name, part in self._parts().items():
                 part.load_state_dict(state[name])

@@ -7,6 +7,7 @@ import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,6 +79,22 @@ def check_for_penalty(groups: Groups) -> None:
             f"expected {MIN_IMAGES} training images or more of every group for a penalty, got {len(counts)} groups, of "
             f"which {groups.names[counts.index(least)]} has {least}: numbers must be binned first, rare values merged "
             "or left blank"
+        )
+
+
+def group_state(groups: Groups | None) -> dict[str, Any]:
+    """What a checkpoint says of the groups."""
+    return {} if groups is None else {"group_names": groups.names, "group_digest": groups.digest}
+
+
+def check_same_groups(groups: Groups | None, state: dict[str, Any]) -> None:
+    """ValueError for a checkpoint of other groups, or of the same ones with other images."""
+    now = group_state(groups)
+    if state.get("group_names") != now.get("group_names"):
+        raise ValueError("expected a checkpoint with the groups of the data, got other groups")
+    if state.get("group_digest") != now.get("group_digest"):
+        raise ValueError(
+            "expected every image in the group that it had before the interruption: the groups of images changed"
         )
 
 
