@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import re
 import sys
 import time
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 if TYPE_CHECKING:
-    from classfair.training import Epoch, Processes, RunFolder, RunResult, TrainConfig
+    from classfair.training import Epoch, Processes, RunFolder, TrainConfig
 
 OK, FAILURE, USAGE, ENVIRONMENT, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -44,31 +43,6 @@ change with it (add --help to see them). Under torchrun all processes train
 together. It writes a run folder: configuration, metrics, per-class statistics
 of every epoch, a chart and checkpoints to --resume from.
 """
-
-NAMES = {
-    "ce": "cross-entropy",
-    "la": "logit adjustment",
-    "ldam": "label-distribution-aware margins",
-    "cb": "class-balanced weights",
-    "focal": "focal loss",
-    "isda": "implicit semantic data augmentation",
-    "nisda": "normalised ISDA",
-    "distance": "class distance",
-    "metalad": "proportion, variance and distance",
-}
-
-HEADINGS = {
-    "many": "many",
-    "medium": "medium",
-    "few": "few",
-    "all": "all",
-    "geometric_mean": "geo. mean",
-    "worst_class": "worst",
-    "worst_group": "worst group",
-    "demographic_parity": "DP difference",
-    "equalized_odds": "EO difference",
-    "iou_sd": "sd of IoU",
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -166,7 +140,7 @@ def _train(options: Any, config: TrainConfig, device: Any, processes: Processes)
     except (FloatingPointError, OSError, training.BadImageError) as error:
         return _fail(error, FAILURE)
     if folder is not None:
-        _print_results(results, config, folder.path, as_json=options.json)
+        training.print_results(results, config, folder.path, as_json=options.json)
     return OK
 
 
@@ -320,61 +294,3 @@ def _progress(config: TrainConfig, *, shown: bool) -> Iterator[Any]:
             bar.update(task, advance=1, description=text + f"balanced {balanced:.1%} worst {worst:.1%}")
 
         yield on_epoch
-
-
-def _print_results(results: list[RunResult], config: TrainConfig, path: Path, *, as_json: bool) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
-    from classfair import training
-
-    summary = training.summarise(results, config)
-    if as_json:
-        print(json.dumps(training.json_ready(summary), indent=2, allow_nan=False))
-        return
-    spread = f"mean ± sd over {config.seeds} seeds" if config.seeds > 1 else "1 seed"
-    part = "Validation" if config.image_folder else "Test"
-    table = Table(
-        title=f"{part} accuracy in %, {spread}",
-        caption=f"{', '.join(f'{loss}: {NAMES[loss]}' for loss in config.loss)}. many: classes with more than "
-        f"{config.many_shot} training images, few: fewer than {config.few_shot}. "
-        "all: mean of all classes.",
-        box=SIMPLE_HEAD,
-    )
-    table.add_column("loss")
-    for column in training.COLUMNS:
-        table.add_column(HEADINGS[column], justify="right", no_wrap=True)
-    for loss in config.loss:
-        table.add_row(loss, *(_cell(**summary[loss][column]) for column in training.COLUMNS))
-    console = Console()
-    console.print(table)
-    if results[0].groups:
-        console.print(_group_table(results, summary, f"{part} images by group in %, {spread}"))
-    console.print(f"Run folder: {path}", soft_wrap=True, highlight=False, markup=False)
-
-
-def _group_table(results: list[RunResult], summary: dict[str, Any], title: str) -> Any:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    from classfair import training
-
-    table = Table(
-        title=title,
-        caption=f"Groups: {', '.join(results[0].groups)}. Differences are the largest between two groups: DP in how "
-        "often a class is predicted, EO in its true or false positives.",
-        box=SIMPLE_HEAD,
-    )
-    table.add_column("loss")
-    for column in training.GROUP_COLUMNS:
-        table.add_column(HEADINGS[column], justify="right", no_wrap=True)
-    for loss, columns in summary.items():
-        table.add_row(loss, *(_cell(**columns[column]) for column in training.GROUP_COLUMNS))
-    return table
-
-
-def _cell(mean: float, sd: float) -> str:
-    if mean != mean:  # nan: a group without classes
-        return "\N{EN DASH}"
-    return f"{100 * mean:.1f}" + (f"±{100 * sd:.1f}" if sd == sd else "")

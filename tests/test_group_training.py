@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from classfair.cli import main
 from classfair.training import Processes, TrainConfig, train
 from classfair.training.data import Data, Groups, TensorBatches, load_data
 from classfair.training.engine import Run
-from classfair.training.fairness import PENALTIES, GroupTotals, measures, penalty
-from classfair.training.groups import read_groups
+from classfair.training.fairness import PENALTIES, GroupTotals, _largest_difference, measures, penalty
+from classfair.training.groups import check_for_penalty, read_groups
+from classfair.training.totals import Totals
 from tests.test_resume import assert_equal, interrupt
 from tests.test_torchrun import torchrun
 
@@ -61,9 +63,12 @@ def fares():
 
 @pytest.mark.parametrize("name", PENALTIES)
 def test_a_penalty_lowers_its_own_measure(name, fares):
-    """Each about tenfold, on images it was not trained on; accuracy stays far from chance."""
+    """To less than a fifth, on images it was not trained on; accuracy stays far from chance.
+
+    It falls to a ninth (iou) up to a 25th (eo-l2) with these two seeds; a fifth leaves room for other rounding.
+    """
     without, with_it = (sum(run["penalties"][name] for run in fares[key]) for key in ("none", name))
-    assert with_it < without / 4
+    assert with_it < without / 5
     assert all(run["worst_group"] > 0.35 for run in fares[name])
 
 
@@ -159,6 +164,31 @@ def test_measures_where_there_is_nothing_to_measure(monkeypatch):
     assert set(measures(GroupTotals(2, 2, joint=True), 2)["penalties"]) == {"dp-l2", "dp-mi", "iou"}
 
 
+def test_a_difference_is_between_two_groups_at_least():
+    nan = math.nan
+    assert math.isnan(_largest_difference(torch.tensor([[0.2, nan], [nan, 0.7]])))
+    assert _largest_difference(torch.tensor([[0.2, 0.1], [nan, 0.7], [0.3, nan]])) == pytest.approx(0.6)
+
+
+def test_images_without_a_group_take_no_room_in_the_table(monkeypatch):
+    monkeypatch.setattr("classfair.training.fairness.MAX_TABLE_BYTES", 2 * 2 * 2 * 8)
+    logits, target = torch.randn(9, 2), torch.arange(9) % 2
+    group = torch.arange(9) % 3  # the third is of images without a group
+    totals, whole = Totals(2, groups=3, joint=True, named=2), Totals(2, groups=2, joint=True)
+    for part, rows in ((totals, slice(None)), (whole, group < 2)):
+        loss, stats = classfair.cross_entropy_with_stats(
+            logits[rows], target[rows], group=group[rows], num_groups=part.groups.num_groups, joint=True
+        )
+        part.add(loss, stats.count.sum(), stats)
+    again = Totals.from_state(totals.state_dict())
+    expected = whole.by_group(["a", "b"])
+    assert set(expected["penalties"]) == set(PENALTIES)
+    for part in (totals, again):
+        fares = part.by_group(["a", "b"])
+        assert fares["penalties"] == pytest.approx(expected["penalties"])
+        assert (fares["count"], fares["accuracy"], fares["iou"]) == ([3, 3], expected["accuracy"], expected["iou"])
+
+
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
     path = tmp_path_factory.mktemp("groups") / "run"
@@ -192,6 +222,42 @@ def test_the_closing_table_has_the_groups(tmp_path, capsys):
     output = capsys.readouterr().out
     assert "worst group" in output
     assert "Groups: coarse, sharp" in output
+    assert "left out" not in output
+    assert "penalty" not in output
+
+
+@pytest.mark.parametrize("name", ["dp-mi", "eo-l2"])
+def test_the_trained_penalty_is_reported(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    flags = ["--fairness", name, "--loss", "metalad", "--seeds", "2", "--epochs", "2"]
+    assert main([*SHORT, *flags, "--output", str(tmp_path / "run")]) == 0
+    output = capsys.readouterr().out
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    values = [run["groups"]["val"]["penalties"][name] for run in metrics["runs"]]
+    assert [run["penalty"] for run in metrics["runs"]] == values
+    mean, sd = sum(values) / 2, abs(values[0] - values[1]) / 2**0.5
+    assert metrics["summary"]["metalad"]["penalty"] == pytest.approx({"mean": mean, "sd": sd})
+    assert metrics["columns"][-1] == "penalty"
+    headings = next(line for line in output.splitlines() if "sd of IoU" in line)
+    assert headings.split()[-1] == name
+    assert sum(line.split()[:1] == ["metalad"] for line in output.splitlines()) == 2  # neither table is cut off
+    assert f"{mean:.3g}±{sd:.1g}" in output
+    assert main([*SHORT, *flags, "--json", "--output", str(tmp_path / "json")]) == 0
+    assert json.loads(capsys.readouterr().out)["metalad"]["penalty"]["mean"] == pytest.approx(mean)
+
+
+@pytest.mark.parametrize("flags", [(), ("--json",)])
+def test_a_table_that_does_not_fit_is_named(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("classfair.training.fairness.MAX_TABLE_BYTES", 10 * 2 * 10 * 8 - 1)
+    assert main([*SHORT, *flags, "--fairness", "eo-l2", "--epochs", "1", "--output", str(tmp_path / "run")]) == 0
+    captured = capsys.readouterr()
+    (line,) = (x for x in (captured.err if flags else captured.out).splitlines() if "left out" in x)
+    assert "Test penalties eo-l2 and eo-mi are left out: their table of 10 x 2 x 10 numbers is above" in line
+    assert not flags or json.loads(captured.out)
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    (run,) = metrics["runs"]
+    assert set(run["groups"]["val"]["penalties"]) == {"dp-l2", "dp-mi", "iou"}
+    assert metrics["summary"]["ce"]["penalty"]["mean"] is None
 
 
 def test_resumed_is_uninterrupted(job, tmp_path, monkeypatch, capsys):
@@ -250,6 +316,7 @@ def test_groups_of_a_table(tmp_path, images):
     swapped = [",".join(reversed(row.split(","))) for row in ROWS]
     assert read(tmp_path, images, write_csv(tmp_path / "h.csv", swapped, "sex,image")).names == ["f", "m"]
     assert read(tmp_path, images, write_csv(tmp_path / "i.csv", ROWS, "\ufeffpath,sex")).names == ["f", "m"]
+    assert read(tmp_path, images, write_csv(tmp_path / "k.csv", ROWS, " file, sex ")).names == ["f", "m"]
     absolute = [f"{tmp_path}/data/{row}" for row in ROWS]
     assert read(tmp_path, images, write_csv(tmp_path / "j.csv", absolute)).names == ["f", "m"]
 
@@ -267,6 +334,13 @@ def test_groups_of_a_table(tmp_path, images):
         ([], "", "expected a header in .*g.csv, got an empty file or line"),
         ([*ROWS[:3], "val/0.png,", "val/1.png,", "val/2.png,"], "file,sex", "validation images with a sex .* blanks"),
         ([row.split(",")[0] + "," for row in ROWS], "file,sex", "with 1 to 1000 different values, got 0"),
+        ([row.replace(",", ";") for row in ROWS], "file;sex", "columns separated by commas in .*, got semicolons"),
+        ([row.replace(",", "\t") for row in ROWS], "file\tsex", "columns separated by commas in .*, got tabs"),
+        (
+            ["0.png,m", "1.png,f", "0.png,f"],
+            "file,sex",
+            "got 0.png again in .*g.csv, line 4: paths start at the data folder, such as train/0.png$",
+        ),
         (['"unclosed,m'], "file,sex", "expected groups in a CSV file in UTF-8, got .*g.csv"),
     ],
 )
@@ -305,9 +379,28 @@ def test_image_folder_with_a_table(tmp_path, capsys):
     with (tmp_path / "run" / "per_class.csv").open() as table:
         assert [row["test_count"] for row in csv.DictReader(table)] == ["6", "6"]  # those without a group count here
     capsys.readouterr()
+    write_csv(file, [row.translate(str.maketrans("xy", "yx")) for row in rows], "file,kind,only")
+    assert main(["train", "--resume", str(tmp_path / "run"), "--no-progress"]) == 2
+    assert "the groups of images changed" in capsys.readouterr().err
+    write_csv(file, rows, "file,kind,only")
+    assert main(["train", "--resume", str(tmp_path / "run"), "--no-progress"]) == 0
+    capsys.readouterr()
     assert main([*job, "--group-column", "only", "--output", str(tmp_path / "other")]) == 2
     assert "expected two groups or more among training images for a penalty, got same" in capsys.readouterr().err
+    numbers = [f"{row.split(',')[0]},{20 + i}" for i, row in enumerate(rows)]
+    write_csv(file, numbers, "file,age")
+    assert main([*job, "--group-column", "age", "--output", str(tmp_path / "other")]) == 2
+    message = "expected 2 training images or more of every group for a penalty, got 24 groups, of which 32 has 0"
+    assert f"{message}: numbers must be binned first" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
+
+
+def test_groups_that_are_too_small_for_a_penalty():
+    two, one = torch.tensor([0, 0, 1, 1, -1]), torch.tensor([0, 0, 1])
+    check_for_penalty(Groups(["a", "b"], two, one))
+    message = "expected 2 training images or more of every group for a penalty, got 2 groups, of which b has 1: numbers"
+    with pytest.raises(ValueError, match=message):
+        check_for_penalty(Groups(["a", "b"], one, two))
 
 
 def test_a_checkpoint_of_other_groups_is_refused():
@@ -318,3 +411,26 @@ def test_a_checkpoint_of_other_groups_is_refused():
     state["group_names"] = ["old", "young"]
     with pytest.raises(ValueError, match="expected a checkpoint with the groups of the data, got other groups"):
         run.load_state_dict(state)
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_a_checkpoint_of_other_groups_of_the_same_names_is_refused(part):
+    config = digits(epochs=1)
+    data = load_data(config, 0)
+    run = Run("ce", 0, data, config, CPU, Processes())
+    run.next_epoch()
+    Run("ce", 0, load_data(config, 0), config, CPU, Processes()).load_state_dict(run.state_dict())
+    swapped = replace(data.groups, **{part: 1 - getattr(data.groups, part)})
+    other = Run("ce", 0, replace(data, groups=swapped), config, CPU, Processes())
+    with pytest.raises(ValueError, match="the groups of images changed"):
+        other.load_state_dict(run.state_dict())
+
+
+def test_a_checkpoint_without_groups_names_none():
+    config = TrainConfig(epochs=1)
+    run = Run("ce", 0, load_data(config, 0), config, CPU, Processes())
+    run.next_epoch()
+    state = run.state_dict()
+    assert state["format_version"] == 2
+    assert not any(key.startswith("group") for key in state)
+    run.load_state_dict(state)

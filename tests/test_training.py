@@ -177,8 +177,9 @@ def test_model_has_the_initial_distribution_of_linear():
             {"fairness": "iou"},
             "expected fairness with groups: data digits-groups, or groups and group_column, got iou",
         ),
+        ({"fairness_weight": 3.0}, "expected fairness_weight to be left out without fairness, got 3.0"),
         ({"fairness_weight": -1.0}, "expected fairness_weight of at least 0, got -1.0"),
-        ({"groups": "/g.csv", "group_column": "a"}, "expected groups to be left out with digits, got /g.csv"),
+        ({"groups": "/g.csv", "group_column": "a"}, "expected groups with --data imagefolder:DIR, got /g.csv"),
         ({"group_column": "a"}, "expected group_column together with groups, a CSV file, got a"),
         (
             {"data": "imagefolder:x", "model": "resnet50", "groups": "/g.csv"},

@@ -18,6 +18,7 @@ from classfair.training.image_folder import BadImageError
 from classfair.training.models import MissingPackageError
 from classfair.training.report import CONFIG_VERSION, resolved_config, write_report
 from classfair.training.run_folder import CONFIG, CheckpointError, RunFolder, json_ready
+from classfair.training.tables import print_results
 from classfair.training.totals import COLUMNS, Epoch, RunResult, summarise
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "interruption",
     "joined",
     "json_ready",
+    "print_results",
     "resolve_device",
     "saved_config",
     "summarise",

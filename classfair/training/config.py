@@ -259,7 +259,6 @@ class TrainConfig:
             for name in (
                 "val_dir",
                 "split",
-                "groups",
                 "weights",
                 "mixup",
                 "cutmix",
@@ -270,6 +269,7 @@ class TrainConfig:
                 rules[name] = (not getattr(self, name), "to be left out with digits")
             for name, value in {"auto_augment": "none", "bad_images": "error"}.items():
                 rules[name] = (getattr(self, name) == value, "to be left out with digits")
+            rules["groups"] = (not self.groups, "with --data imagefolder:DIR")
         rules |= self._groups()
         if self.effective_frequency:
             used = bool({"la", "cb"} & set(self.loss))
@@ -293,6 +293,9 @@ class TrainConfig:
             rules["group_column"] = (bool(self.groups and self.group_column), "together with groups, a CSV file")
         if self.fairness in FAIRNESS[1:]:
             rules["fairness"] = (self.has_groups, "with groups: data digits-groups, or groups and group_column")
+        elif self.fairness_weight >= 0:
+            unused = self.fairness_weight == TrainConfig.fairness_weight
+            rules["fairness_weight"] = (unused, "to be left out without fairness")
         if self.has_groups:
             for name in ("mixup", "cutmix"):  # a mixed image is of two groups
                 rules[name] = (not getattr(self, name), "to be left out with groups")

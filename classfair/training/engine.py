@@ -22,7 +22,7 @@ from classfair.training.config import FEATURE_LOSSES, TrainConfig
 from classfair.training.data import Data, Draw, EvaluationOrder, TrainingOrder, derived_seed, load_data, loader
 from classfair.training.distributed import Processes, local_device
 from classfair.training.fairness import NEED_JOINT, penalty
-from classfair.training.groups import NO_GROUP
+from classfair.training.groups import NO_GROUP, check_same_groups, group_state
 from classfair.training.image_folder import BadImageError
 from classfair.training.models import build_model
 from classfair.training.objective import (
@@ -129,7 +129,8 @@ class Run:
         return self._merged(totals, "training")
 
     def _totals(self, *, joint: bool) -> Totals:
-        return Totals(len(self.data.class_names), self.device, self.num_groups, joint=joint)
+        named = len(self.group_names)
+        return Totals(len(self.data.class_names), self.device, self.num_groups, joint=joint, named=named)
 
     def _step(self, window: list[Batch], totals: Totals) -> None:
         """One optimiser step: the mean loss over all images of all forward passes and processes.
@@ -274,7 +275,7 @@ class Run:
             "epoch": self.epoch,
             "config": self.config.as_dict(),
             "class_names": self.data.class_names,
-            **({"group_names": self.group_names} if self.group_names else {}),
+            **group_state(self.data.groups),
             "train_loss": self.train_loss,
             "train": self.train.state_dict(),
             "val": self.val.state_dict(),
@@ -285,8 +286,7 @@ class Run:
         """Go on where a checkpoint stands; ValueError if it is that of another job."""
         if state["class_names"] != self.data.class_names:
             raise ValueError("expected a checkpoint with the classes of the data, got other classes")
-        if state.get("group_names", []) != self.group_names:
-            raise ValueError("expected a checkpoint with the groups of the data, got other groups")
+        check_same_groups(self.data.groups, state)
         try:
             for name, part in self._parts().items():
                 part.load_state_dict(state[name])

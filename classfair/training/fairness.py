@@ -22,7 +22,7 @@ PENALTIES: dict[str, Callable[[BatchStats], Tensor]] = {
     "iou": iou_loss,
 }
 NEED_JOINT = ("eo-l2", "eo-mi")
-#: Of the table by label, group and class that equalized odds of a whole set needs: C = 1000 with two groups fits.
+#: Of the table by label, named group and class that equalized odds of a whole set needs: C = 1000 with two groups fits.
 MAX_TABLE_BYTES = 16 * 2**20
 GROUP_COLUMNS = ("worst_group", "demographic_parity", "equalized_odds", "iou_sd")
 
@@ -46,11 +46,23 @@ def _first_groups(stats: BatchStats, num_groups: int) -> BatchStats:
 
 
 class GroupTotals:
-    """Sums by group over the images of an epoch, of all processes once they are summed. They stay on the device."""
+    """Sums by group over the images of an epoch, of all processes once they are summed. They stay on the device.
 
-    def __init__(self, num_groups: int, num_classes: int, device: torch.device | None = None, *, joint: bool) -> None:
+    The first ``named`` groups have names, all unless told otherwise; one more is of images without a group.
+    """
+
+    def __init__(
+        self,
+        num_groups: int,
+        num_classes: int,
+        device: torch.device | None = None,
+        *,
+        joint: bool,
+        named: int | None = None,
+    ) -> None:
         zeros = partial(torch.zeros, device=device)
-        cells = num_classes * num_groups
+        self.num_groups, self.named = num_groups, num_groups if named is None else named
+        cells = num_classes * self.named
         self.counts = zeros(3, num_groups, num_classes, dtype=torch.int64)  # count, correct, predicted
         self.sums = zeros(2, num_groups, num_classes, dtype=torch.float64)  # mass, hit
         fits = joint and cells * num_classes * 8 <= MAX_TABLE_BYTES
@@ -61,7 +73,12 @@ class GroupTotals:
         self.sums += torch.stack([stats.mass, stats.hit])
         if self.joint is not None:
             assert stats.joint is not None
-            self.joint.index_add_(0, stats.joint.cell, stats.joint.rows.double())  # unused rows are zero
+            rows, cell = stats.joint.rows.double(), stats.joint.cell  # unused rows are zero
+            if self.named < self.num_groups:
+                label, group = cell // self.num_groups, cell % self.num_groups
+                rows = rows.masked_fill((group >= self.named)[:, None], 0.0)
+                cell = label * self.named + group.clamp(max=self.named - 1)
+            self.joint.index_add_(0, cell, rows)
 
     def state_dict(self) -> dict[str, Tensor]:
         parts = {"group_counts": self.counts, "group_sums": self.sums}
@@ -74,7 +91,7 @@ class GroupTotals:
         joint = None
         if self.joint is not None:
             num_classes = self.joint.shape[1]
-            rows = self.joint.view(num_classes, -1, num_classes)[:, :groups].flatten(0, 1).cpu()
+            rows = self.joint.view(num_classes, self.named, num_classes)[:, :groups].flatten(0, 1).cpu()
             joint = JointRows(rows, torch.arange(len(rows)), torch.tensor(len(rows)))
         none = torch.zeros((), dtype=torch.int64)
         return BatchStats(mass, hit, count, correct, predicted, none.new_empty(0), none, none, joint, synced=True)
@@ -114,7 +131,7 @@ def measures(totals: GroupTotals, groups: int) -> dict[str, Any]:
 
 
 def _largest_difference(rates: Tensor) -> float:
-    """(G, K) rates, nan where there is nothing to take one of; nan without any that two groups have."""
+    """Of (G, K) rates, nan where there is nothing to take one of: over the rates that two groups have; nan if none."""
     several = rates.isfinite().sum(0) > 1
     if not several.any():
         return math.nan

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 MAX_GROUPS = 1000  # more values are names of images rather than of groups
 NO_GROUP = -1
+MIN_IMAGES = 2  # of a group with a penalty, in training
 PATH_COLUMNS = ("file", "image")
 
 
@@ -28,6 +31,14 @@ class Groups:
         """Whether an image has no group."""
         return any(bool((part == NO_GROUP).any()) for part in (self.train, self.val))
 
+    @property
+    def digest(self) -> str:
+        """What tells another assignment from this one: of every image's group, in the order of the images."""
+        digest = hashlib.sha256()
+        for part in (self.train, self.val):
+            digest.update(len(part).to_bytes(8, "little") + part.to(torch.int64).cpu().numpy().astype("<i8").tobytes())
+        return digest.hexdigest()
+
 
 def read_groups(file: Path, column: str, root: Path, train: list[str], val: list[str]) -> Groups:
     """The groups of images by their paths: the distinct values of the column, sorted; ValueError about what is wrong.
@@ -38,7 +49,7 @@ def read_groups(file: Path, column: str, root: Path, train: list[str], val: list
         root: the data folder.
         train, val: paths of the images. Other rows of the file are left alone.
     """
-    values = _read_column(file, column, root)
+    values = _read_column(file, column, root, example=os.path.relpath(train[0], root))
     images = [os.path.normpath(path) for path in (*train, *val)]
     if missing := [path for path in images if path not in values]:
         some = ", ".join(os.path.relpath(path, root) for path in missing[:5])
@@ -56,12 +67,43 @@ def read_groups(file: Path, column: str, root: Path, train: list[str], val: list
     return Groups(names, *parts)
 
 
-def _read_column(file: Path, column: str, root: Path) -> dict[str, str]:
-    """Value by path."""
+def check_for_penalty(groups: Groups) -> None:
+    """ValueError where a penalty has nothing to compare, or groups so small that it is chance."""
+    counts = torch.bincount(groups.train[groups.train != NO_GROUP], minlength=len(groups.names)).tolist()
+    present = [name for name, count in zip(groups.names, counts, strict=True) if count]
+    if len(present) < 2:
+        raise ValueError(f"expected two groups or more among training images for a penalty, got {present[0]}")
+    least = min(counts)
+    if least < MIN_IMAGES:
+        raise ValueError(
+            f"expected {MIN_IMAGES} training images or more of every group for a penalty, got {len(counts)} groups, of "
+            f"which {groups.names[counts.index(least)]} has {least}: numbers must be binned first, rare values merged "
+            "or left blank"
+        )
+
+
+def group_state(groups: Groups | None) -> dict[str, Any]:
+    """What a checkpoint says of the groups."""
+    return {} if groups is None else {"group_names": groups.names, "group_digest": groups.digest}
+
+
+def check_same_groups(groups: Groups | None, state: dict[str, Any]) -> None:
+    """ValueError for a checkpoint of other groups, or of the same ones with other images."""
+    now = group_state(groups)
+    if state.get("group_names") != now.get("group_names"):
+        raise ValueError("expected a checkpoint with the groups of the data, got other groups")
+    if state.get("group_digest") != now.get("group_digest"):
+        raise ValueError(
+            "expected every image in the group that it had before the interruption: the groups of images changed"
+        )
+
+
+def _read_column(file: Path, column: str, root: Path, example: str) -> dict[str, str]:
+    """Value by path, whose form an example shows."""
     try:
         with file.open(newline="", encoding="utf-8-sig") as text:
             rows = csv.reader(text, strict=True)
-            header = next(rows, [])
+            header = [name.strip() for name in next(rows, [])]
             path_at, value_at = _columns(file, column, header)
             values: dict[str, str] = {}
             for row in rows:
@@ -72,7 +114,9 @@ def _read_column(file: Path, column: str, root: Path) -> dict[str, str]:
                     raise ValueError(f"expected {len(header)} columns in {where}, got {len(row)}")
                 path = os.path.normpath(os.path.join(root, row[path_at]))
                 if path in values:
-                    raise ValueError(f"expected one row per image, got {row[path_at]} again in {where}")
+                    bare = os.path.basename(row[path_at]) == row[path_at]
+                    hint = f": paths start at the data folder, such as {example}" if bare else ""
+                    raise ValueError(f"expected one row per image, got {row[path_at]} again in {where}{hint}")
                 values[path] = row[value_at].strip()
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"expected groups in a CSV file in UTF-8, got {file} ({error})") from None
@@ -85,6 +129,9 @@ def _columns(file: Path, column: str, header: list[str]) -> tuple[int, int]:
     """Where the paths are, and where the groups."""
     if not header:
         raise ValueError(f"expected a header in {file}, got an empty file or line")
+    if len(header) == 1 and (other := next((mark for mark in (";", "\t") if mark in header[0]), None)):
+        name = "semicolons" if other == ";" else "tabs"
+        raise ValueError(f"expected columns separated by commas in {file}, got {name}")
     if header.count(column) != 1:
         raise ValueError(f"expected group_column as one of {', '.join(header)} in {file}, got {column}")
     path = next((name for name in PATH_COLUMNS if name in header), header[0])

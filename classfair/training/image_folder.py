@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, default_collate
 from classfair.data import MixedTargetCollate
 from classfair.training.config import TrainConfig
 from classfair.training.data import Data, Draw, Request, derived_seed
-from classfair.training.groups import read_groups
+from classfair.training.groups import check_for_penalty, read_groups
 
 Sample = tuple[str, int]  # path and label
 
@@ -103,9 +103,8 @@ def load_image_folder(config: TrainConfig, folder: Path, seed: int) -> Data:
     if config.groups:
         paths = [[path for path, _ in part] for part in (train, val)]
         groups = read_groups(Path(config.groups), config.group_column, folder, *paths)
-        present = [groups.names[group] for group in groups.train.unique().tolist() if group >= 0]
-        if config.fairness != "none" and len(present) < 2:
-            raise ValueError(f"expected two groups or more among training images for a penalty, got {present[0]}")
+        if config.fairness != "none":
+            check_for_penalty(groups)
     collate = MixedTargetCollate(_mix(config)) if config.mixup or config.cutmix else default_collate
     skip = config.bad_images == "skip"
     return Data(

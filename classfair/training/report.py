@@ -14,9 +14,8 @@ import torch
 
 import classfair
 from classfair.training.config import TrainConfig
-from classfair.training.fairness import GROUP_COLUMNS
 from classfair.training.run_folder import RunFolder
-from classfair.training.totals import COLUMNS, RunResult, summarise
+from classfair.training.totals import COLUMNS, RunResult, group_columns, summarise
 
 METRICS_VERSION = 2
 CONFIG_VERSION = 1
@@ -84,7 +83,7 @@ def report(results: list[RunResult], config: TrainConfig) -> dict[str, Any]:
         "format_version": METRICS_VERSION,
         "class_names": results[0].class_names,
         **({"group_names": groups} if groups else {}),
-        "columns": [*COLUMNS, *(GROUP_COLUMNS if groups else ())],
+        "columns": [*COLUMNS, *(group_columns(config) if groups else ())],
         "summary": summarise(results, config),
         "runs": runs,
     }

@@ -23,16 +23,23 @@ CLASS_COLUMNS = ("count", "correct", "predicted", "mass", "hit")
 class Totals:
     """Sums over the images of an epoch, of all processes after :meth:`merge`. They stay on the device.
 
-    With groups also by group, where ``groups`` counts images without one as one more group, the last.
+    With groups also by group, where ``groups`` counts images without one as one more group, the last; ``named``, all
+    of them unless told otherwise, does not.
     """
 
     def __init__(
-        self, num_classes: int, device: torch.device | None = None, groups: int = 0, *, joint: bool = False
+        self,
+        num_classes: int,
+        device: torch.device | None = None,
+        groups: int = 0,
+        *,
+        joint: bool = False,
+        named: int | None = None,
     ) -> None:
         self.counts = torch.zeros(3, num_classes, dtype=torch.int64, device=device)  # count, correct, predicted
         self.sums = torch.zeros(2, num_classes, dtype=torch.float64, device=device)  # mass, hit
         self.loss = torch.zeros(2, dtype=torch.float64, device=device)  # of losses, of their weights
-        self.groups = GroupTotals(groups, num_classes, device, joint=joint) if groups else None
+        self.groups = GroupTotals(groups, num_classes, device, joint=joint, named=named) if groups else None
 
     def add(self, loss: Tensor, weight: Tensor, stats: BatchStats) -> None:
         """Add a batch: sum of its losses, sum of their weights, statistics (1, C) or by group."""
@@ -55,7 +62,9 @@ class Totals:
     @classmethod
     def from_state(cls, state: dict[str, Tensor]) -> Totals:
         groups = state["group_counts"].shape[1] if "group_counts" in state else 0
-        totals = cls(state["counts"].shape[1], groups=groups, joint="group_joint" in state)
+        num_classes, joint = state["counts"].shape[1], state.get("group_joint")
+        named = None if joint is None else len(joint) // num_classes
+        totals = cls(num_classes, groups=groups, joint=joint is not None, named=named)
         for name, part in totals.state_dict().items():
             part.copy_(state[name])
         return totals
@@ -152,7 +161,10 @@ class RunResult:
         return self.val.accuracy
 
     def columns(self, config: TrainConfig) -> dict[str, float]:
-        """The columns of the closing tables, in the order of COLUMNS and with groups GROUP_COLUMNS."""
+        """The columns of the closing tables, in the order of COLUMNS and with groups of :func:`group_columns`.
+
+        ``penalty`` is the trained one on the validation set, nan where it was left out of :func:`measures`.
+        """
         accuracy = self.accuracy
         shots = metrics.shot_accuracy(accuracy, self.train_count, many=config.many_shot, few=config.few_shot)
         columns = {
@@ -164,7 +176,14 @@ class RunResult:
         if self.groups:
             fares = self.val.by_group(self.groups)
             columns |= {name: fares[name] for name in GROUP_COLUMNS}
+            if config.fairness != "none":
+                columns["penalty"] = fares["penalties"].get(config.fairness, math.nan)
         return columns
+
+
+def group_columns(config: TrainConfig) -> tuple[str, ...]:
+    """What the closing table of groups has a column of: the penalty, too, where one was trained."""
+    return GROUP_COLUMNS if config.fairness == "none" else (*GROUP_COLUMNS, "penalty")
 
 
 def summarise(results: list[RunResult], config: TrainConfig) -> dict[str, Any]:
