@@ -23,7 +23,9 @@ from .measure import in_process, interleave, keep, peak_extra_bytes, seconds_per
 
 SHAPES = {"A": (256, 1000, 2048), "B": (1024, 1000, 768), "C": (256, 8142, 2048)}
 STRENGTH = 0.5
-SLOW = ("published",)  # a step takes seconds and tens of gigabytes: three times, and not at C
+# A step takes seconds and tens of gigabytes: three times, not at C, and in a process of its own with malloc as it is.
+# (glibc takes tensors of more than 32 MB from the system whatever they are for; pinned, B would not fit in 24 GB.)
+SLOW = ("published",)
 
 
 class Inputs(NamedTuple):
@@ -177,31 +179,43 @@ def check(name: str, loss: Callable[[Inputs], Tensor], x: Inputs, expected: Tens
 
 
 def measure(what: str, shape: str, seconds: float) -> list[dict[str, Any]]:
+    """``what``: time or memory of the fast providers, or both of the slow ones."""
     x, wide = make_inputs(SHAPES[shape]), make_inputs(SHAPES[shape], torch.float64)
     average = classfair.mean_class_distance(wide.mean)
     truth = {"isda": expanded_isda(wide).detach(), "metalad": expanded_metalad(wide, average).detach()}
     rows = []
     for objective, every in make_providers(x).items():
-        providers = {k: v for k, v in every.items() if shape != "C" or k not in SLOW}
+        providers = {name: loss for name, loss in every.items() if (name in SLOW) == (what == "slow")}
         for name, loss in providers.items():
-            if name != "plain":
-                check(f"{objective} {name}", loss, x, truth[objective])
+            check(f"{objective} {name}", loss, x, truth[objective])
         steps = {name: stepper(loss, x) for name, loss in providers.items()}
-        if what == "memory":
+        results: dict[str, dict[str, float]] = {name: {} for name in steps}
+        if what != "time":
             results = {name: {"peak_bytes": peak_extra_bytes(step, "cpu")} for name, step in steps.items()}
-        else:
-            results = _times(steps, seconds)
+        if what != "memory":
+            for name, values in _samples(what, steps, seconds).items():
+                results[name]["median_ms"] = 1e3 * float(torch.tensor(values).median())
         rows += [{"objective": objective, "shape": shape, "provider": k, **v} for k, v in results.items()]
     return rows
 
 
-def _times(steps: dict[str, Callable[[], Any]], seconds: float) -> dict[str, dict[str, float]]:
-    fast = {name: step for name, step in steps.items() if name not in SLOW}
-    samples = interleave(fast, seconds, "cpu")
-    for name in steps.keys() - fast.keys():
-        samples[name] = [seconds_per_call(steps[name], 1, "cpu") for _ in range(3)]
-    medians = {name: float(torch.tensor(values).median()) for name, values in samples.items()}
-    return {name: {"median_ms": 1e3 * m, "ratio": m / medians["plain"]} for name, m in medians.items()}
+def _samples(what: str, steps: dict[str, Callable[[], Any]], seconds: float) -> dict[str, list[float]]:
+    if what == "slow":
+        return {name: [seconds_per_call(step, 1, "cpu") for _ in range(3)] for name, step in steps.items()}
+    return interleave(steps, seconds, "cpu")
+
+
+def merge(parts: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """One row for each objective, shape and provider, with its ratio to plain cross-entropy."""
+    rows: dict[tuple[str, ...], dict[str, Any]] = {}
+    for row in (row for part in parts for row in part):
+        key = (row["objective"], row["shape"], row["provider"])
+        rows[key] = rows.get(key, {}) | row
+    for objective, shape, _ in rows:
+        own = [row for (o, s, _), row in rows.items() if (o, s) == (objective, shape)]
+        for row in own:
+            row["ratio"] = row["median_ms"] / rows[objective, shape, "plain"]["median_ms"]
+    return list(rows.values())
 
 
 def near_duplicates() -> dict[str, float]:
@@ -231,14 +245,14 @@ def main() -> None:
     rows = []
     for shape in options.shapes:
         child = ("benchmarks.feature_losses", "--seconds", str(options.seconds), "--child")
-        times, peaks = in_process(*child, "time", shape), in_process(*child, "memory", shape, malloc="returned")
-        bytes_of = {(p["objective"], p["provider"]): p["peak_bytes"] for p in peaks}
-        for row in times:
-            peak = bytes_of[row["objective"], row["provider"]]
-            rows.append({**row, "peak_bytes": peak})
+        parts = [in_process(*child, "time", shape), in_process(*child, "memory", shape, malloc="returned")]
+        if shape != "C":
+            parts.append(in_process(*child, "slow", shape, malloc="default"))
+        for row in merge(parts):
+            rows.append(row)
             print(
                 f"{row['objective']:8} {shape} {row['provider']:38} {row['median_ms']:10.1f} ms {row['ratio']:8.2f}"
-                f" {peak / 1e6:10.0f} MB",
+                f" {row['peak_bytes'] / 1e6:10.0f} MB",
                 flush=True,
             )
     errors = near_duplicates()
