@@ -196,6 +196,10 @@ def effective_frequency(stats: BatchStats) -> Tensor:
     return stats.hit.sum(0) / stats.count.sum(0)
 
 
+#: Of prediction bias.
+NORMALIZE = ("none", "sum", "samples")
+
+
 class PredictionBias(NamedTuple):
     """Probability that classes receive, ``(C,)`` or by group ``(G, C)``; see :func:`prediction_bias`.
 
@@ -238,7 +242,7 @@ def prediction_bias(stats: BatchStats, *, normalize: str = "none", by_group: boo
     """
     if not isinstance(stats, BatchStats):
         raise TypeError(f"prediction_bias: expected stats as BatchStats, got {type(stats).__name__}")
-    check.check_choice("prediction_bias", "normalize", normalize, ("none", "sum", "samples"))
+    check.check_choice("prediction_bias", "normalize", normalize, NORMALIZE)
     mass, hit, count = stats.mass, stats.hit, stats.count
     if not by_group:
         mass, hit, count = mass.sum(0), hit.sum(0), count.sum(0)

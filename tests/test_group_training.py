@@ -10,10 +10,11 @@ import torch
 
 import classfair
 from classfair.cli import main
+from classfair.metrics._formulas import between_groups
 from classfair.training import Processes, TrainConfig, train
 from classfair.training.data import Data, Groups, TensorBatches, load_data
 from classfair.training.engine import Run
-from classfair.training.fairness import PENALTIES, GroupTotals, _largest_difference, measures, penalty
+from classfair.training.fairness import PENALTIES, GroupTotals, measures, penalty
 from classfair.training.groups import check_for_penalty, read_groups
 from classfair.training.totals import Totals
 from tests.test_resume import assert_equal, interrupt
@@ -166,8 +167,9 @@ def test_measures_where_there_is_nothing_to_measure(monkeypatch):
 
 def test_a_difference_is_between_two_groups_at_least():
     nan = math.nan
-    assert math.isnan(_largest_difference(torch.tensor([[0.2, nan], [nan, 0.7]])))
-    assert _largest_difference(torch.tensor([[0.2, 0.1], [nan, 0.7], [0.3, nan]])) == pytest.approx(0.6)
+    assert math.isnan(between_groups(torch.tensor([[0.2, nan], [nan, 0.7]]), "difference"))
+    rates = torch.tensor([[0.2, 0.1], [nan, 0.7], [0.3, nan]])
+    assert float(between_groups(rates, "difference")) == pytest.approx(0.6)
 
 
 def test_images_without_a_group_take_no_room_in_the_table(monkeypatch):

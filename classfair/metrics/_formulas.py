@@ -1,4 +1,4 @@
-"""What the functions of counts and the torchmetrics classes share: checked inputs, class groups, Wilson's terms."""
+"""What functions of counts, torchmetrics classes and training runs share; needs no torchmetrics."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -74,3 +75,20 @@ def wilson_terms(acc: Any, count: Any, z: float) -> tuple[Any, Any]:
     """Middle and half width of Wilson's interval, of arrays or of tensors."""
     scale = 1 + z**2 / count
     return (acc + z**2 / (2 * count)) / scale, z / scale * (acc * (1 - acc) / count + (z / (2 * count)) ** 2) ** 0.5
+
+
+def between_groups(rates: Tensor, reduction: str) -> Tensor:
+    """Largest difference, or smallest ratio, between groups (dimension -2) over all other dimensions.
+
+    Groups without a rate are left out, and so is what fewer than two groups have a rate of: nothing to compare.
+    """
+    missing = rates.isnan()
+    comparable = (~missing).sum(-2) > 1
+    high = rates.masked_fill(missing, -torch.inf).amax(-2)
+    low = rates.masked_fill(missing, torch.inf).amin(-2)
+    if reduction == "difference":
+        worst = torch.where(comparable, high - low, -torch.inf).amax()
+        return torch.where(worst.isinf(), torch.nan, worst)
+    # 0 / 0 is NaN: no group has a rate above 0.
+    ratio = torch.where(comparable, low / high, torch.nan).nan_to_num(nan=torch.inf).amin()
+    return torch.where(ratio.isinf(), torch.nan, ratio)

@@ -13,9 +13,7 @@ from classfair.metrics import _charts
 from classfair.metrics._formulas import as_counts, frequency_order
 from classfair.metrics.base import ClassMetric, check_size
 from classfair.metrics.splits import class_vector
-from classfair.statistics import BatchStats
-
-NORMALIZE = ("none", "sum", "samples")
+from classfair.statistics import NORMALIZE, BatchStats, prediction_bias
 
 
 def one_group(name: str, kwargs: dict[str, Any]) -> int:
@@ -58,14 +56,8 @@ class PredictionBias(ClassMetric):
         self.normalize = normalize
 
     def compute(self) -> dict[str, Tensor]:
-        # Sums rounded on their own: where a class receives nothing, their difference may lie an ulp below 0.
-        negative, positive = (self.mass - self.hit).clamp_min(0), self.hit
-        if self.normalize == "sum":
-            negative, positive = (v / v.sum(1, keepdim=True) for v in (negative, positive))
-        elif self.normalize == "samples":
-            samples = self.count.sum(1, keepdim=True)
-            negative, positive = negative / samples, positive / samples
-        return {"negative": self._squeeze(negative), "positive": self._squeeze(positive)}
+        bias = prediction_bias(self.statistics(), normalize=self.normalize, by_group=True)
+        return {name: self._squeeze(value) for name, value in bias._asdict().items()}
 
     def _draw(self, value: Any, ax: Any) -> Any:
         negative = value["negative"]

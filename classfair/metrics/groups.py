@@ -9,6 +9,7 @@ from torch import Tensor
 
 from classfair import _validate as check
 from classfair.metrics import _charts
+from classfair.metrics._formulas import between_groups
 from classfair.metrics.base import ClassMetric
 
 REDUCTIONS = ("difference", "ratio", "by_group", "overall")
@@ -54,23 +55,6 @@ class _GroupMetric(ClassMetric):
 
     def _axis(self) -> str:
         return "class"
-
-
-def between_groups(rates: Tensor, reduction: str) -> Tensor:
-    """Largest difference, or smallest ratio, between groups (dimension -2) over all other dimensions.
-
-    Groups without a rate are left out, and so is what fewer than two groups have a rate of: nothing to compare.
-    """
-    missing = rates.isnan()
-    comparable = (~missing).sum(-2) > 1
-    high = rates.masked_fill(missing, -torch.inf).amax(-2)
-    low = rates.masked_fill(missing, torch.inf).amin(-2)
-    if reduction == "difference":
-        worst = torch.where(comparable, high - low, -torch.inf).amax()
-        return torch.where(worst.isinf(), torch.nan, worst)
-    # 0 / 0 is NaN: no group has a rate above 0.
-    ratio = torch.where(comparable, low / high, torch.nan).nan_to_num(nan=torch.inf).amin()
-    return torch.where(ratio.isinf(), torch.nan, ratio)
 
 
 class DemographicParity(_GroupMetric):

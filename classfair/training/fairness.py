@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from classfair.fairness import demographic_parity_loss, equalized_odds_loss, intersection_over_union, iou_loss
+from classfair.metrics._formulas import between_groups
 from classfair.statistics import BatchStats, JointRows
 
 PENALTIES: dict[str, Callable[[BatchStats], Tensor]] = {
@@ -124,17 +125,7 @@ def measures(totals: GroupTotals, groups: int) -> dict[str, Any]:
         "iou": iou.tolist(),
         "worst_group": float(accuracy.nan_to_num(math.inf).amin()),
         "iou_sd": float(iou[iou.isfinite()].std()) if iou.isfinite().sum() > 1 else math.nan,
-        "demographic_parity": _largest_difference(predicted / images),
-        "equalized_odds": _largest_difference(odds),
+        "demographic_parity": float(between_groups(predicted / images, "difference")),
+        "equalized_odds": float(between_groups(odds, "difference")),
         "penalties": {name: float(PENALTIES[name](stats)) for name in known},
     }
-
-
-def _largest_difference(rates: Tensor) -> float:
-    """Of (G, K) rates, nan where there is nothing to take one of: over the rates that two groups have; nan if none."""
-    several = rates.isfinite().sum(0) > 1
-    if not several.any():
-        return math.nan
-    seen = rates[:, several]
-    low, high = seen.nan_to_num(math.inf).amin(0), seen.nan_to_num(-math.inf).amax(0)
-    return float((high - low).max())
