@@ -88,9 +88,8 @@ Inputs<T> make_inputs(const Arguments& a) {
   in.smoothing = static_cast<A>(a.label_smoothing);
   in.gamma = static_cast<A>(a.gamma);
   in.stats = a.stats;
-  // Small enough to balance, large enough that the (chunks, G, C) partial sums stay a small part of the traffic.
-  in.chunk_rows = std::max<int64_t>(32, (a.stats ? 8 * in.G : 0));
-  in.chunk_rows = std::max<int64_t>(in.chunk_rows, in.rows / 256);
+  // Small enough to balance, large enough that the partial sums of chunks stay a small part of the traffic.
+  in.chunk_rows = std::max<int64_t>(32, in.rows / 256);
   return in;
 }
 
@@ -145,28 +144,75 @@ void sum_chunks(const A* partial, int64_t chunks, int64_t size, A* out) {
   });
 }
 
-// hit and the integer counts: a few numbers a row, summed in row order; hit in double, because in float a class of more
-// than 2^24 samples would stop growing.
-template <class T>
-void count_rows(const Forward<T>& f, acc_t<T>* hit, int64_t* counts) {
-  const Inputs<T>& in = f.in;
-  const int64_t cells = in.G * in.C;
-  int64_t *count = counts, *correct = counts + cells, *predicted = counts + 2 * cells;
-  std::vector<double> sum(cells, 0.0);
-  for (int64_t i = 0; i < in.rows; ++i) {
-    const auto& s = f.row_statistics[i];
-    counts[3 * cells + 1] += s.nonfinite;
-    if (!s.counted) continue;
-    const auto row = resolve(in, i);
-    const int64_t base = row.group * in.C;
-    ++count[base + row.label];
-    ++predicted[base + f.prediction[i]];
-    correct[base + row.label] += f.prediction[i] == row.label;
-    if (in.soft.data) sum[base + row.label] += s.p_a;
-    if (row.a >= 0) sum[base + row.a] += row.share_a * s.p_a;
-    if (row.b >= 0) sum[base + row.b] += row.share_b * s.p_b;
+// How the (G, C) statistics are summed. A small table is one unit: every chunk has its own. Of a large one each group
+// is a unit, and rows are visited by group: a chunk then meets few units, and both ascend, so that chunk + unit numbers
+// the partial sums, and there are chunks + G of them instead of chunks * G.
+struct Units {
+  std::vector<int64_t> start;  // (units + 1,) where the rows of each begin
+  std::vector<int64_t> order;  // (rows,) by group, those without one last; empty: natural
+  int64_t size;                // numbers of a unit
+
+  template <class T>
+  explicit Units(const Inputs<T>& in) : start{0, in.rows}, size(in.G * in.C) {
+    constexpr int64_t kSmall = 512;
+    if (!in.stats || !in.group || in.G == 1 || size <= kSmall) return;
+    order = sort_rows(in.rows, in.G, &start, [&](int64_t i) { return in.group[i] < in.G ? in.group[i] : int64_t(-1); });
+    size = in.C;
   }
-  std::transform(sum.begin(), sum.end(), hit, [](double v) { return static_cast<acc_t<T>>(v); });
+};
+
+// One unit of mass, columns [begin, end).
+template <class T>
+void sum_unit(const Forward<T>& f, const Units& units, int64_t unit, int64_t begin, int64_t end, acc_t<T>* mass) {
+  std::fill(mass + begin, mass + end, acc_t<T>(0));
+  const int64_t first = units.start[unit], last = units.start[unit + 1] - 1;
+  if (first > last) return;
+  for (int64_t chunk = first / f.in.chunk_rows; chunk <= last / f.in.chunk_rows; ++chunk)
+    for (int64_t j = begin; j < end; ++j) mass[j] += f.partial_mass[(chunk + unit) * units.size + j];
+}
+
+// One unit of hit and of the integer counts: a few numbers a sample, summed in row order; hit in double, because in
+// float a class of more than 2^24 samples would stop growing.
+template <class T>
+void count_unit(const Forward<T>& f, const Units& units, int64_t unit, acc_t<T>* hit, int64_t* counts) {
+  const Inputs<T>& in = f.in;
+  const int64_t cells = in.G * in.C, size = units.size;
+  const bool grouped = !f.by_group && in.group;
+  int64_t *count = counts, *correct = count + cells, *predicted = correct + cells;
+  for (int64_t* table : {count, correct, predicted}) std::fill(table, table + size, 0);
+  double* sum = scratch<double>(size);
+  std::fill(sum, sum + size, 0.0);
+  for (int64_t position = units.start[unit]; position < units.start[unit + 1]; ++position) {
+    const int64_t i = in.visited(position);
+    const RowStatistics<acc_t<T>>& s = f.row_statistics[i];
+    if (!s.counted()) continue;
+    const int64_t base = grouped ? in.group[i] * in.C : 0;
+    ++count[base + s.label];
+    ++predicted[base + f.prediction[i]];
+    correct[base + s.label] += f.prediction[i] == s.label;
+    if (s.a >= 0) sum[base + s.a] += s.hit_a;
+    if (s.b >= 0) sum[base + s.b] += s.hit_b;
+  }
+  std::transform(sum, sum + size, hit, [](double v) { return static_cast<acc_t<T>>(v); });
+}
+
+template <class T>
+void sum_statistics(const Forward<T>& f, const Units& units, acc_t<T>* mass, acc_t<T>* hit, int64_t* counts) {
+  constexpr int64_t kColumns = 4096;
+  const Inputs<T>& in = f.in;
+  const int64_t tasks = (units.size + kColumns - 1) / kColumns + 1;  // of a unit: blocks of mass, and the rest
+  parallel_for(0, tasks * (in.G * in.C / units.size), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t unit = task / tasks, block = task % tasks, first = block * kColumns, offset = unit * units.size;
+      if (block + 1 == tasks)
+        count_unit(f, units, unit, hit + offset, counts + offset);
+      else
+        sum_unit(f, units, unit, first, std::min(first + kColumns, units.size), mass + offset);
+    }
+  });
+  int64_t* const rows = counts + 3 * in.G * in.C;  // invalid, which throws, and nonfinite
+  rows[0] = 0;
+  rows[1] = std::accumulate(f.chunk_nonfinite, f.chunk_nonfinite + in.chunks(), int64_t(0));
 }
 
 using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -187,21 +233,27 @@ ForwardResult forward(const Arguments& a) {
   Tensor mass = allocate<2>(a.logits, {stats ? in.G : 0, stats ? in.C : 0}, acc);
   Tensor hit = allocate<2>(a.logits, {stats ? in.G : 0, stats ? in.C : 0}, acc);
   Tensor joint_rows = allocate<2>(a.logits, {joint ? in.cells : 0, joint ? in.C : 0}, acc);
-  Tensor counts = zeros<1>(a.logits, {stats ? 3 * GC + 2 : 0}, ScalarType::Long);
+  Tensor counts = allocate<1>(a.logits, {stats ? 3 * GC + 2 : 0}, ScalarType::Long);
   Tensor total_weight = allocate<0>(a.logits, {}, acc);
 
-  const std::unique_ptr<A[]> partial(new A[stats ? in.chunks() * GC : 0]);  // not zeroed: the chunks do that
-  std::vector<RowStatistics<A>> row_statistics(stats ? rows : 0);
+  const Units units(in);
+  f.by_group = !units.order.empty();
+  f.unit = units.size;
+  if (f.by_group) f.in.order = units.order.data();
+  const int64_t partial_rows = in.chunks() + (f.by_group ? in.G : 1);
+  const std::unique_ptr<A[]> partial(new A[stats ? partial_rows * f.unit : 0]);  // chunks zero what they use
+  const std::unique_ptr<RowStatistics<A>[]> row_statistics(new RowStatistics<A>[stats ? rows : 0]);
   std::vector<double> chunk_weight(in.chunks());
-  std::vector<int64_t> chunk_bad(in.chunks());
+  std::vector<int64_t> chunk_bad(in.chunks()), chunk_nonfinite(in.chunks());
   f.loss = data<A>(loss);
   f.lse = data<double>(lse);
   f.lse_raw = data<double>(lse_raw);
   f.prediction = data<int64_t>(prediction);
   f.partial_mass = stats ? partial.get() : nullptr;
-  f.row_statistics = row_statistics.data();
+  f.row_statistics = row_statistics.get();
   f.chunk_weight = chunk_weight.data();
   f.chunk_bad = chunk_bad.data();
+  f.chunk_nonfinite = chunk_nonfinite.data();
   f.joint = data<A>(joint_rows);
   std::vector<int64_t> cell_start, cell_order;
   if (joint) cell_order = sort_rows(rows, in.cells, &cell_start, [&](int64_t i) { return resolve(in, i).cell; });
@@ -213,14 +265,11 @@ ForwardResult forward(const Arguments& a) {
   parallel_for(0, in.chunks(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk) kernels.forward_chunk(f, chunk, weights);
   });
-  for (int64_t row : chunk_bad)
-    if (row >= 0) throw_bad_row(in, row);
+  const int64_t bad = chunk_bad.empty() ? rows : *std::min_element(chunk_bad.begin(), chunk_bad.end());
+  if (bad < rows) throw_bad_row(in, bad);
   *static_cast<A*>(total_weight.data_ptr()) =
       static_cast<A>(std::accumulate(chunk_weight.begin(), chunk_weight.end(), 0.0));
-  if (stats) {
-    sum_chunks(partial.get(), in.chunks(), GC, data<A>(mass));
-    count_rows(f, data<A>(hit), data<int64_t>(counts));
-  }
+  if (stats) sum_statistics(f, units, data<A>(mass), data<A>(hit), data<int64_t>(counts));
   parallel_for(0, joint ? in.cells : 0, 1, [&](int64_t begin, int64_t end) {
     for (int64_t cell = begin; cell < end; ++cell) kernels.joint_cell(f, cell);
   });

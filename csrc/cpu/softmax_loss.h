@@ -57,21 +57,28 @@ Row<acc_t<T>> resolve(const Inputs<T>& in, int64_t i) {
 
 template <class A>
 struct RowStatistics {
-  A p_a, p_b;  // probability of each label
-  bool counted, nonfinite;
+  int32_t label;  // -1: the row does not count
+  int32_t a, b;   // classes that are hit, -1: none
+  A hit_a, hit_b;
+
+  bool counted() const { return label >= 0; }
+  static RowStatistics none() { return {-1, -1, -1, A(0), A(0)}; }
 };
 
 template <class T>
 struct Forward {
   using A = acc_t<T>;
   Inputs<T> in;
-  A* loss;                           // (rows,)
-  double *lse, *lse_raw;             // (rows,); lse_raw null where it would equal lse
-  int64_t* prediction;               // (rows,) or null
-  A* partial_mass;                   // (chunks, G, C) or null
+  A* loss;                // (rows,)
+  double *lse, *lse_raw;  // (rows,); lse_raw null where it would equal lse
+  int64_t* prediction;    // (rows,) or null
+  A* partial_mass;        // (chunks + units, unit) or null; row chunk + u: of unit u
+  int64_t unit;           // numbers of a unit of (G, C) sums: C where rows are visited by group, else G * C
+  bool by_group;
   RowStatistics<A>* row_statistics;  // (rows,) or null
+  int64_t* chunk_nonfinite;          // (chunks,) rows without a finite log-sum-exp
   double* chunk_weight;              // (chunks,)
-  int64_t* chunk_bad;                // (chunks,) first row with a bad label or group, or -1
+  int64_t* chunk_bad;                // (chunks,) first row with a bad label or group, or `rows`
   A* joint;                          // (cells, C) or null
   const int64_t* cell_order;         // (rows,) sorted by cell
   const int64_t* cell_start;         // (cells + 1,) into cell_order

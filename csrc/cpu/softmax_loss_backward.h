@@ -16,9 +16,10 @@ struct RowGradient {
   A *sum_offset, *sum_pair;  // running sums of the perturbed part, null: not wanted
 };
 
-// kPlain: nothing perturbs the logits, so that the softmax of the statistics, where there is one, is the loss's too.
+// g by value: a store to `out` could change one that has an address. kPlain: nothing perturbs the logits, so that the
+// softmax of the statistics, where there is one, is the loss's too.
 template <bool kTarget, bool kStatistics, bool kPlain, class T, class A>
-CLASSFAIR_INLINE void gradient_columns(const RowGradient<A>& g, const T* z, int64_t C, T* out) {
+CLASSFAIR_INLINE void gradient_columns(const RowGradient<A> g, const T* z, int64_t C, T* out) {
   constexpr bool kShared = kStatistics && kPlain, kSum = !kPlain;
   const auto column = [&](Vec<A> x, Vec<A> t) {
     const Vec<A> v = g.scale * (kShared ? x : exp((x - g.high) - g.low));

@@ -13,6 +13,14 @@ CLASSFAIR_INLINE void for_columns(int64_t C, Body&& body, Tail&& tail) {
   if (c < C) tail(c, C - c);
 }
 
+// Fetches a row that is to be read soon; its first 4 KB, after which the processor has seen where this leads.
+template <class E>
+CLASSFAIR_INLINE void prefetch_row(const E* x, int64_t C) {
+  const char* const begin = reinterpret_cast<const char*>(x);
+  const int64_t bytes = std::min<int64_t>(C * sizeof(E), 4096);
+  for (int64_t offset = 0; offset < bytes; offset += 64) __builtin_prefetch(begin + offset);
+}
+
 template <class E, class A = acc_t<E>>
 CLASSFAIR_INLINE A row_max(const E* x, int64_t C) {
   constexpr A kNone = -std::numeric_limits<A>::infinity();
@@ -27,6 +35,42 @@ CLASSFAIR_INLINE A row_max(const E* x, int64_t C) {
   for (; c + kLanes<A> <= C; c += kLanes<A>) m0 = max(m0, load(x + c));
   if (c < C) m1 = max(m1, load_some(x + c, C - c, kNone));
   return max_lanes<A>(max(max(m0, m1), max(m2, m3)));
+}
+
+template <class A>
+struct Maximum {
+  A value;
+  int64_t index;
+};
+
+// The maximum and where it is first; the index means nothing where there is a NaN.
+template <class E, class A = acc_t<E>>
+CLASSFAIR_INLINE Maximum<A> row_argmax(const E* x, int64_t C) {
+  using Index = typename VectorOf<A>::Mask;
+  constexpr A kNone = -std::numeric_limits<A>::infinity();
+  constexpr int64_t kWays = 4, kStep = kWays * kLanes<A>;
+  Vec<A> best[kWays];
+  Index at[kWays], step = {};  // of the best, and of this turn
+  for (int64_t k = 0; k < kWays; ++k) best[k] = splat(kNone), at[k] = step;
+  const auto look = [&](int64_t k, Vec<A> v) {
+    at[k] = v > best[k] ? step : at[k];
+    best[k] = max(best[k], v);
+  };
+  int64_t c = 0;
+  for (; c + kStep <= C; c += kStep, step += 1)
+    for (int64_t k = 0; k < kWays; ++k) look(k, load(x + c + k * kLanes<A>));
+  for (int64_t k = 0; c < C; ++k, c += kLanes<A>)
+    look(k, c + kLanes<A> <= C ? load(x + c) : load_some(x + c, C - c, kNone));
+  const A value = max_lanes<A>(max(max(best[0], best[1]), max(best[2], best[3])));
+  Index column = {}, first = column + std::numeric_limits<int32_t>::max();
+  for (int64_t lane = 0; lane < kLanes<A>; ++lane) column[lane] = lane;
+  for (int64_t k = 0; k < kWays; ++k, column += kLanes<A>) {
+    const Index found = at[k] * kStep + column;
+    first = (best[k] == value) & (found < first) ? found : first;
+  }
+  int64_t index = C;
+  for (int64_t lane = 0; lane < kLanes<A>; ++lane) index = std::min<int64_t>(index, first[lane]);
+  return {value, index};
 }
 
 // sum_c exp(x_c - m). kKeep: also writes the terms to e. kLinear: also sum_c w_c (x_c - m), w = 1 where null.
@@ -56,63 +100,97 @@ A exp_sum(const E* x, int64_t C, A m, A* e, const A* w, A* linear) {
   return sum_lanes<A>(sum);
 }
 
-template <class A>
-struct Maxima {
-  A x, z;
-};
-
-// x = z + offset + pair, either of which may be null, and both maxima in the same loop.
+// x = z + offset + pair, either of which may be null. Returns the maximum of x.
 template <class E, class A = acc_t<E>>
-Maxima<A> perturb(const E* z, const A* offset, const A* pair, int64_t C, A* x) {
+A perturb(const E* z, const A* offset, const A* pair, int64_t C, A* x) {
   constexpr A kNone = -std::numeric_limits<A>::infinity();
-  Vec<A> max_x = splat(kNone), max_z = max_x;
+  Vec<A> largest = splat(kNone);
   for_columns<A>(
       C,
       [&](int64_t c) {
-        const Vec<A> raw = load(z + c);
-        Vec<A> v = raw;
+        Vec<A> v = load(z + c);
         if (offset) v += load(offset + c);
         if (pair) v += load(pair + c);
         store(x + c, v);
-        max_x = max(max_x, v);
-        max_z = max(max_z, raw);
+        largest = max(largest, v);
       },
       [&](int64_t c, int64_t n) {
-        const Vec<A> raw = load_some(z + c, n, kNone);
-        Vec<A> v = raw;
+        Vec<A> v = load_some(z + c, n, kNone);
         if (offset) v += load_some(offset + c, n, A(0));
         if (pair) v += load_some(pair + c, n, A(0));
         store_some(x + c, v, n);
-        max_x = max(max_x, v);
-        max_z = max(max_z, raw);
+        largest = max(largest, v);
       });
-  return {max_lanes<A>(max_x), max_lanes<A>(max_z)};
+  return max_lanes<A>(largest);
 }
 
-// sum += scale * e
-template <class A>
-void accumulate(const A* e, A scale, int64_t C, A* sum) {
+// sum += scale[0] rows[0] + ... + scale[K - 1] rows[K - 1]
+template <int K, class A>
+void accumulate(A* const* rows, const A* scale, int64_t C, A* __restrict sum) {
+  const A* row[K];
+  Vec<A> factor[K];
+  for (int k = 0; k < K; ++k) row[k] = rows[k], factor[k] = splat(scale[k]);
   for_columns<A>(
-      C, [&](int64_t c) { store(sum + c, load(sum + c) + load(e + c) * scale); },
+      C,
+      [&](int64_t c) {
+        Vec<A> v = load(sum + c);
+        for (int k = 0; k < K; ++k) v += load(row[k] + c) * factor[k];
+        store(sum + c, v);
+      },
       [&](int64_t c, int64_t n) {
-        for (int64_t i = c; i < c + n; ++i) sum[i] += e[i] * scale;
+        Vec<A> v = load_some(sum + c, n, A(0));
+        for (int k = 0; k < K; ++k) v += load_some(row[k] + c, n, A(0)) * factor[k];
+        store_some(sum + c, v, n);
       });
 }
 
-// The first maximum, or the first NaN, as torch.argmax.
-template <class E, class A = acc_t<E>>
-int64_t first_max(const E* x, int64_t C, A m, bool finite) {
-  if (!finite)
-    for (int64_t c = 0; c < C; ++c)
-      if (std::isnan(static_cast<A>(x[c]))) return c;
-  constexpr int64_t kBlock = 8 * kLanes<A>;
-  for (int64_t begin = 0; begin < C; begin += kBlock) {
-    const int64_t end = std::min(begin + kBlock, C);
-    if (end - begin == kBlock && row_max(x + begin, kBlock) < m) continue;
-    for (int64_t c = begin; c < end; ++c)
-      if (static_cast<A>(x[c]) == m) return c;
+// Sums rows by group. Rows of one group that follow each other are summed a few at a time: their sum is read and
+// written once.
+template <class A>
+class GroupSums {
+ public:
+  static constexpr int kPending = 3;
+
+  // sums: that of group g begins at g * C. clear: at the first row of each, once rows come ordered by group.
+  GroupSums(A* sums, int64_t C, bool clear, A* buffers) : sums_(sums), C_(C), clear_(clear) {
+    for (int k = 0; k < kPending; ++k) rows_[k] = buffers + k * C;
   }
-  return 0;
+  A* next_row() const { return rows_[pending_]; }
+  // The rows that follow are of this group.
+  void enter(int64_t group) {
+    if (group == group_) return;
+    finish();
+    group_ = group;
+    if (clear_) std::fill(sums_ + group * C_, sums_ + (group + 1) * C_, A(0));
+  }
+  // Adds scale times what next_row() holds.
+  void add(A scale) {
+    scale_[pending_++] = scale;
+    if (pending_ == kPending) finish();
+  }
+  void finish() {
+    if (pending_ == 0) return;
+    A* sum = sums_ + group_ * C_;
+    if (pending_ == 1) accumulate<1>(rows_, scale_, C_, sum);
+    if (pending_ == 2) accumulate<2>(rows_, scale_, C_, sum);
+    if (pending_ == 3) accumulate<3>(rows_, scale_, C_, sum);
+    pending_ = 0;
+  }
+
+ private:
+  A* sums_;
+  int64_t C_, group_ = -1;
+  bool clear_;
+  A *rows_[kPending], scale_[kPending];
+  int pending_ = 0;
+};
+
+// As torch.argmax: the first maximum, or the first NaN.
+template <class E, class A = acc_t<E>>
+int64_t prediction(const E* x, int64_t C, const Maximum<A>& max, bool finite) {
+  for (int64_t c = 0; !finite && c < C; ++c)
+    if (std::isnan(static_cast<A>(x[c]))) return c;
+  return max.index;
 }
 
 // Gathers (rows, C) from strided memory, a tile of neighbouring rows at a time.

@@ -51,10 +51,10 @@ A hard_loss(const Inputs<T>& in, const Row<A>& row, const E* x, const LogSum<A>&
   return loss;
 }
 
-// One row; z is contiguous. Buffers of C: x (perturbed logits), e (exponentials of the raw ones).
+// One row; z is contiguous. x: a buffer of C for perturbed logits.
 template <class T, class A = acc_t<T>>
-void forward_row(const Forward<T>& f, int64_t i, const Row<A>& row, const T* z, const A* soft, A weight_sum, A* mass,
-                 A* x, A* e) {
+void forward_row(const Forward<T>& f, int64_t chunk, int64_t i, const Row<A>& row, const T* z, const A* soft,
+                 A weight_sum, GroupSums<A>& mass, A* x) {
   const Inputs<T>& in = f.in;
   constexpr A kInf = std::numeric_limits<A>::infinity();
   const bool perturbed = in.perturbed(), smooth = in.smoothing != A(0) && !soft;
@@ -69,45 +69,50 @@ void forward_row(const Forward<T>& f, int64_t i, const Row<A>& row, const T* z, 
           soft ? dense_loss(in, soft, logits, lse.max, lse.log) : hard_loss(in, row, logits, lse, linear, weight_sum);
   };
   A* const none = nullptr;
+  A* const e = mass.next_row();  // exponentials of the raw logits
+  const Maximum<A> max = in.stats ? row_argmax(z, in.C) : Maximum<A>{perturbed ? A(0) : row_max(z, in.C), 0};
   if (perturbed) {
-    Maxima<A> max = perturb(z, in.offset, row.slot >= 0 ? in.pair + row.slot * in.C : nullptr, in.C, x);
+    A max_x = perturb(z, in.offset, row.slot >= 0 ? in.pair + row.slot * in.C : nullptr, in.C, x);
     if (in.margin && row.a >= 0) {
       x[row.a] -= in.margin[row.a];
-      max.x = row_max(x, in.C);
+      max_x = row_max(x, in.C);
     }
-    lse = smooth ? log_sum<false, true>(x, in.C, max.x, none, in.weight, &linear, none)
-                 : log_sum<false, false>(x, in.C, max.x, none, in.weight, none, none);
+    lse = smooth ? log_sum<false, true>(x, in.C, max_x, none, in.weight, &linear, none)
+                 : log_sum<false, false>(x, in.C, max_x, none, in.weight, none, none);
     finish(x);
-    if (in.stats) raw = log_sum<true, false>(z, in.C, max.z, e, in.weight, none, &sum_raw);
+    if (in.stats) raw = log_sum<true, false>(z, in.C, max.value, e, in.weight, none, &sum_raw);
     if (f.lse_raw) f.lse_raw[i] = raw.total();
   } else {
-    const A max = row_max(z, in.C);
     if (in.stats)
-      lse = smooth ? log_sum<true, true>(z, in.C, max, e, in.weight, &linear, &sum_raw)
-                   : log_sum<true, false>(z, in.C, max, e, in.weight, none, &sum_raw);
+      lse = smooth ? log_sum<true, true>(z, in.C, max.value, e, in.weight, &linear, &sum_raw)
+                   : log_sum<true, false>(z, in.C, max.value, e, in.weight, none, &sum_raw);
     else
-      lse = smooth ? log_sum<false, true>(z, in.C, max, none, in.weight, &linear, none)
-                   : log_sum<false, false>(z, in.C, max, none, in.weight, none, none);
+      lse = smooth ? log_sum<false, true>(z, in.C, max.value, none, in.weight, &linear, none)
+                   : log_sum<false, false>(z, in.C, max.value, none, in.weight, none, none);
     finish(z);
     raw = lse;
   }
   if (!in.stats) return;
   const bool finite = std::isfinite(raw.total());
-  f.prediction[i] = first_max(z, in.C, raw.max, finite);
+  f.prediction[i] = prediction(z, in.C, max, finite);
   RowStatistics<A>& s = f.row_statistics[i];
-  s = {A(0), A(0), finite && row.label >= 0 && row.group >= 0, !finite};
-  if (!s.counted) return;
+  s = RowStatistics<A>::none();
+  if (!finite) ++f.chunk_nonfinite[chunk];
+  if (!finite || row.label < 0 || row.group < 0) return;
   const A scale = A(1) / sum_raw;
-  s.p_a = row.a >= 0 ? e[row.a] * scale : A(0);
-  s.p_b = row.b >= 0 ? e[row.b] * scale : A(0);
-  if (in.soft.data) s.p_a = e[row.label] * scale;
-  accumulate(e, scale, in.C, mass + row.group * in.C);
+  const int64_t hit = in.soft.data ? row.label : row.a;
+  s.label = static_cast<int32_t>(row.label);
+  s.a = static_cast<int32_t>(hit);
+  s.b = static_cast<int32_t>(row.b);
+  if (hit >= 0) s.hit_a = e[hit] * scale * (in.soft.data ? A(1) : row.share_a);
+  if (row.b >= 0) s.hit_b = e[row.b] * scale * row.share_b;
   if (f.joint && row.cell >= 0 && f.cell_rows(row.cell) == 1) {  // its softmax is at hand; other cells have a pass
     A* own = f.joint + row.cell * in.C;
     for_columns<A>(
         in.C, [&](int64_t c) { store(own + c, load(e + c) * scale); },
         [&](int64_t c, int64_t n) { store_some(own + c, load_some(e + c, n, A(0)) * scale, n); });
   }
+  mass.add(scale);
 }
 
 // A row that is not in the loss: only its prediction is given.
@@ -117,23 +122,25 @@ void skip_row(const Forward<T>& f, int64_t i, LabelKind kind, const T* z) {
   f.lse[i] = 0;
   if (f.lse_raw) f.lse_raw[i] = 0;
   if (!f.in.stats) return;
-  const A m = row_max(z, f.in.C);
-  f.prediction[i] = first_max(z, f.in.C, m, false);
-  f.row_statistics[i] = {A(0), A(0), false, false};
+  f.prediction[i] = prediction(z, f.in.C, row_argmax(z, f.in.C), false);
+  f.row_statistics[i] = RowStatistics<A>::none();
 }
 
 template <class T>
 void forward_chunk(const Forward<T>& f, int64_t chunk, acc_t<T> weight_sum) {
   using A = acc_t<T>;
   const Inputs<T>& in = f.in;
-  A* x = scratch<A>((2 + kTile) * in.C);
-  A* e = x + in.C;
+  constexpr int64_t kBuffers = GroupSums<A>::kPending;
+  A* x = scratch<A>((1 + kBuffers + kTile) * in.C);
+  A* buffers = x + in.C;
   const TileReader<T> logits{in.logits, in.C, in.logits.contiguous() ? nullptr : scratch_tile<T>(kTile * in.C)};
-  const TileReader<A> soft{in.soft, in.C, e + in.C};
-  A* mass = f.partial_mass ? f.partial_mass + chunk * in.G * in.C : nullptr;
-  if (mass) std::fill(mass, mass + in.G * in.C, A(0));
+  const TileReader<A> soft{in.soft, in.C, buffers + kBuffers * in.C};
+  A* partial = f.partial_mass ? f.partial_mass + chunk * f.unit : nullptr;
+  if (partial && !f.by_group) std::fill(partial, partial + f.unit, A(0));
+  GroupSums<A> mass(partial, in.C, f.by_group, buffers);
   double weight = 0;
-  f.chunk_bad[chunk] = -1;
+  f.chunk_bad[chunk] = in.rows;
+  f.chunk_nonfinite[chunk] = 0;
   const int64_t end = std::min((chunk + 1) * in.chunk_rows, in.rows);
   int64_t rows[kTile];
   for (int64_t begin = chunk * in.chunk_rows; begin < end; begin += kTile) {
@@ -143,18 +150,21 @@ void forward_chunk(const Forward<T>& f, int64_t chunk, acc_t<T> weight_sum) {
     for (int64_t r = 0; r < count; ++r) {
       const int64_t i = rows[r];
       const Row<A> row = resolve(in, i);
+      if (f.by_group && r + 1 < count) prefetch_row(logits.row(rows[r + 1], r + 1), in.C);
+      if (in.stats && row.group >= 0 && row.group < in.G) mass.enter(row.group);
       if (row.kind != LabelKind::kValid) {
-        if (row.kind == LabelKind::kInvalid && f.chunk_bad[chunk] < 0) f.chunk_bad[chunk] = i;
+        if (row.kind == LabelKind::kInvalid) f.chunk_bad[chunk] = std::min(i, f.chunk_bad[chunk]);
         skip_row(f, i, row.kind, logits.row(i, r));
         continue;
       }
       weight += in.soft.data ? 1.0 : 0.0;
       if (row.a >= 0) weight += row.share_a * (in.weight ? in.weight[row.a] : A(1));
       if (row.b >= 0) weight += row.share_b * (in.weight ? in.weight[row.b] : A(1));
-      forward_row(f, i, row, logits.row(i, r), in.soft.data ? soft.row(i, r) : nullptr, weight_sum, mass, x, e);
+      forward_row(f, chunk, i, row, logits.row(i, r), in.soft.data ? soft.row(i, r) : nullptr, weight_sum, mass, x);
     }
   }
   f.chunk_weight[chunk] = weight;
+  mass.finish();
 }
 
 // joint[cell] = sum of p over the rows of a cell; rows of a cell are neighbours in cell_order. Summed in double, as
@@ -163,14 +173,14 @@ template <class T>
 void joint_cell(const Forward<T>& f, int64_t cell) {
   using A = acc_t<T>;
   const Inputs<T>& in = f.in;
-  if (f.cell_rows(cell) == 1 && f.row_statistics[f.cell_order[f.cell_start[cell]]].counted) return;  // done
+  if (f.cell_rows(cell) == 1 && f.row_statistics[f.cell_order[f.cell_start[cell]]].counted()) return;  // done
   A* e = scratch<A>((2 + kTile) * in.C);
   double* sum = scratch<double, 2>(in.C);
   std::fill(sum, sum + in.C, 0.0);
   const TileReader<T> logits{in.logits, in.C, in.logits.contiguous() ? nullptr : scratch_tile<T>(kTile * in.C)};
   for (int64_t position = f.cell_start[cell]; position < f.cell_start[cell + 1]; ++position) {
     const int64_t i = f.cell_order[position];
-    if (!f.row_statistics[i].counted) continue;
+    if (!f.row_statistics[i].counted()) continue;
     logits.prepare(&i, 1);
     const double lse = f.lse_raw ? f.lse_raw[i] : f.lse[i];
     const A high = static_cast<A>(lse), low = static_cast<A>(lse - high);
