@@ -7,8 +7,15 @@ import torch
 from torch.autograd import Function
 
 
-def quick_apply(function: type[Function]) -> Callable[..., Any]:
-    """``function.apply`` without what only function transforms and the compiler need.
+def transformed() -> bool:
+    """Whether a function transform or the compiler looks on, who must see every tensor."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def quick_apply(function: type[Function], *, first_only: bool = False) -> Callable[..., Any]:
+    """``function.apply`` without what only transforms and the compiler need.
+
+    first_only: return the first output. The others are there to be saved, which transforms demand of what is saved.
 
     For a Function with ``setup_context`` torch binds the arguments through ``inspect`` on every call: 50 to 120
     microseconds, as much as a loss on a small batch. One whose ``forward`` takes ``ctx`` is spared that, but neither
@@ -18,14 +25,16 @@ def quick_apply(function: type[Function]) -> Callable[..., Any]:
     def forward(ctx: Any, *inputs: Any) -> Any:
         output = function.forward(*inputs)
         function.setup_context(ctx, inputs, output)
-        return output
+        return output[0] if first_only else output
 
     undefined = Function.setup_context  # how torch knows that `forward` does its work
     members = {"forward": staticmethod(forward), "setup_context": staticmethod(undefined)}
     eager: type[Function] = type(function.__name__, (function,), {"__doc__": function.__doc__, **members})
 
     def apply(*inputs: Any) -> Any:
-        transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-        return (function if transformed else eager).apply(*inputs)
+        if not transformed():
+            return eager.apply(*inputs)
+        output = function.apply(*inputs)
+        return output[0] if first_only else output
 
     return apply

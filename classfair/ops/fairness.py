@@ -61,7 +61,7 @@ class DependenceFunction(torch.autograd.Function):
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor, _: Any) -> tuple:
+    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple:
         rows, *constant, gradient = ctx.saved_tensors
         if torch.is_grad_enabled():
             formula = partial(_dependence_of, constant, ctx.options)
@@ -99,8 +99,8 @@ class IoUPenaltyFunction(torch.autograd.Function):
         return *gradients, None, None, None, None
 
 
-_apply_dependence = quick_apply(DependenceFunction)
-_apply_iou_penalty = quick_apply(IoUPenaltyFunction)
+_apply_dependence = quick_apply(DependenceFunction, first_only=True)
+_apply_iou_penalty = quick_apply(IoUPenaltyFunction, first_only=True)
 
 
 def _dependence_of(constant: Any, options: Any, rows: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ def dependence(
     """
     if backend == "reference":
         return reference.dependence(rows, count, cell, num_cells, mutual_information, weighted)
-    return _apply_dependence(rows, count, cell, num_cells, mutual_information, weighted, backend)[0]
+    return _apply_dependence(rows, count, cell, num_cells, mutual_information, weighted, backend)
 
 
 def iou_penalty(
@@ -163,4 +163,4 @@ def iou_penalty(
     """
     if backend == "reference":
         return reference.iou_penalty(mass, hit, count, paired, skip)
-    return _apply_iou_penalty(mass, hit, count, paired, skip, backend)[0]
+    return _apply_iou_penalty(mass, hit, count, paired, skip, backend)
