@@ -115,8 +115,8 @@ def equalized_odds_loss(
     Source: Hänel et al. 2022, section 3.2.
 
     Args:
-        stats: of ``with_stats(..., group=, num_groups=G, joint=True)`` with hard labels. Their ``joint`` and ``count``
-            are used.
+        stats: of ``with_stats(..., group=, num_groups=G, joint=True)`` with hard labels, or on one process of
+            ``joint="contested"``, which gives the same for less. Their ``joint`` and ``count`` are used.
         kind: ``"l2"`` or ``"mi"``.
         weighted: weight label b by its share of the samples; ``"mi"`` is then the conditional mutual information.
             (The authors do not weight: a rare label counts as much as a frequent one.)

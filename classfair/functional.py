@@ -1,7 +1,6 @@
 """Cross-entropy with everything the fused primitive knows: ``cross_entropy`` and ``cross_entropy_with_stats``."""
 
 import math
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from classfair import _validate as check
 from classfair import backends
-from classfair.ops.label_index import label_index
+from classfair.ops.label_index import Cells, contested_cells, label_index
 from classfair.ops.softmax_loss import (
     STATS_DIFFERENTIABLE,
     STATS_VALUES,
@@ -311,7 +310,7 @@ def cross_entropy_with_stats(
     group: Tensor | None = None,
     num_groups: int | None = None,
     label: Tensor | None = None,
-    joint: bool = False,
+    joint: bool | str = False,
     confusion: bool = False,
     differentiable: bool = True,
     backend: str | None = None,
@@ -327,7 +326,9 @@ def cross_entropy_with_stats(
             ``num_groups``.
         num_groups: G, the number of groups; 1 without ``group``.
         label: int64 labels for the statistics; required with probability targets, refused otherwise.
-        joint: also return :class:`JointRows` of the (label, group) cells present.
+        joint: True: also return :class:`JointRows` of the (label, group) cells present. ``"contested"``: of those whose
+            label the batch has in other groups too. :func:`equalized_odds_loss` compares no others and is cheaper so;
+            with several processes it needs all, because another process may have a label in another group.
         confusion: also return the (C, C) confusion matrix; refused above 4096 classes.
         differentiable: False for monitoring: same values, no gradient, no cost in backward.
 
@@ -362,6 +363,7 @@ def cross_entropy_with_stats(
         reduction,
         label,
     )
+    check.check_choice(function, "joint", joint, (False, True, "contested"))
     _check_statistics(function, problem, target, group, num_groups, label, confusion)
     arguments = problem.arguments
     groups = 1 if num_groups is None else num_groups
@@ -371,23 +373,21 @@ def cross_entropy_with_stats(
         arguments["group"] = group.reshape(-1).contiguous()
     backend = backends.choose("softmax_loss", problem.logits.device, backend)
     counted_label = _counted_label(arguments)
-    index = None
+    cells = None
     if joint:
-        index = label_index(
-            counted_label,
-            problem.logits.shape[1],
-            arguments.get("group"),
-            groups,
-            ignore_index=ignore_index,
-            backend=backend,
-        )
-        arguments |= {"cell": index.slot, "num_cells": index.key_of_slot.shape[0]}
+        cells = _cells(counted_label, problem, groups, joint == "contested", backend)
+        arguments |= {"cell": cells.slot, "num_cells": cells.key.shape[0]}
     out = _run(problem, target, reduction, backend)
-    stats = _batch_stats(out, groups, problem)
-    if index is not None:
-        stats = replace(stats, joint=JointRows(_given(out.joint), index.key_of_slot, index.num_slots))
-    if confusion:
-        stats = replace(stats, confusion=_confusion(problem, out, counted_label, groups))
+    prediction = _given(out.prediction)
+    stats = BatchStats.of_pass(
+        _given(out.mass),
+        _given(out.hit),
+        _given(out.counts),
+        prediction if len(problem.rows_shape) == 1 else prediction.view(problem.rows_shape),
+        joint=None if cells is None else JointRows(_given(out.joint), cells.key, cells.num_cells),
+        contested=joint == "contested",
+        confusion=_confusion(problem, out, counted_label, groups) if confusion else None,
+    )
     return _loss(problem, out, target, reduction), stats
 
 
@@ -396,6 +396,15 @@ def _counted_label(arguments: dict[str, Any]) -> Tensor:  # (R,)
     if "target_b" not in arguments:
         return arguments["target"]
     return torch.where(arguments["mix"] >= 0.5, arguments["target"], arguments["target_b"])
+
+
+def _cells(label: Tensor, problem: _Problem, groups: int, contested: bool, backend: str) -> Cells:
+    arguments = problem.arguments
+    classes, ignore_index = problem.logits.shape[1], arguments["ignore_index"]
+    index = label_index(label, classes, arguments.get("group"), groups, ignore_index=ignore_index, backend=backend)
+    if contested:
+        return contested_cells(index, groups, backend=backend)
+    return Cells(index.slot, index.key_of_slot, index.num_slots)
 
 
 def _check_statistics(
@@ -427,24 +436,6 @@ def _check_statistics(
             f"{function}: expected at most {MAX_CONFUSION_CLASSES} classes with confusion=True,"
             f" got {num_classes} ({8 * num_classes**2 / 1e9:.1f} GB); count, correct and predicted need O(C)"
         )
-
-
-def _batch_stats(out: SoftmaxLoss, groups: int, problem: _Problem) -> BatchStats:
-    cells = 3 * groups * problem.logits.shape[1]
-    tables, rows = _given(out.counts).split_with_sizes([cells, 2])  # few views: each costs as much as a small kernel
-    count, correct, predicted = tables.view(3, groups, -1).unbind()
-    invalid, nonfinite = rows.unbind()
-    prediction = _given(out.prediction)
-    return BatchStats(
-        mass=_given(out.mass),
-        hit=_given(out.hit),
-        count=count,
-        correct=correct,
-        predicted=predicted,
-        prediction=prediction if len(problem.rows_shape) == 1 else prediction.view(problem.rows_shape),
-        invalid=invalid,
-        nonfinite=nonfinite,
-    )
 
 
 def _given(statistic: Tensor | None) -> Tensor:

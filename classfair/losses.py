@@ -140,7 +140,7 @@ class CrossEntropyLoss(KeepsPrecision):
         *,
         group: Tensor | None = None,
         num_groups: int | None = None,
-        joint: bool = False,
+        joint: bool | str = False,
         **options: Any,
     ) -> tuple[Tensor, BatchStats]:
         """The loss and the :class:`BatchStats` of the same pass, as :func:`classfair.cross_entropy_with_stats`.

@@ -11,13 +11,18 @@ from torch.utils import _pytree as pytree
 
 from classfair import _processes as processes
 from classfair import _validate as check
+from classfair.ops._autograd import transformed
 from classfair.ops.label_index import label_index
 
 
 class JointRows(NamedTuple):
-    """Sums of p(c|x) over the samples of each (label, group) cell of the batch."""
+    """Sums of p(c|x) over the samples of each (label, group) cell of the batch.
 
-    rows: Tensor  # (M, C), M = min(N, C * G); zero where unused; differentiable
+    M = min(N, C * G) whatever the labels, so that nobody waits for a number; for contested cells on the CPU, outside of
+    transforms and compiled code, M = num_cells.
+    """
+
+    rows: Tensor  # (M, C); zero where unused; differentiable
     cell: Tensor  # (M,) int64: label * num_groups + group; 0 where unused
     num_cells: Tensor  # () int64, cells in use
 
@@ -40,6 +45,7 @@ class BatchStats:
         nonfinite: ``()`` int64, samples whose logits have no finite log-sum-exp.
         joint: :class:`JointRows`, or None where not asked for and in a sum of batches.
         confusion: ``(C, C)`` int64, rows true, columns predicted, or None.
+        contested: whether ``joint`` leaves out labels that the batch has in one group only.
         synced: whether they are those of all processes already, as :meth:`all_reduce` makes them.
 
     A pytree of tensors: ``torch.utils._pytree`` maps over it, and compiled functions may return it.
@@ -63,7 +69,48 @@ class BatchStats:
     nonfinite: Tensor
     joint: JointRows | None = None
     confusion: Tensor | None = None
+    contested: bool = False
     synced: bool = False
+
+    @classmethod
+    def of_pass(
+        cls,
+        mass: Tensor,  # (G, C)
+        hit: Tensor,  # (G, C)
+        counts: Tensor,  # (3 * G * C + 2,) int64
+        prediction: Tensor,
+        joint: JointRows | None = None,
+        confusion: Tensor | None = None,
+        contested: bool = False,
+    ) -> "BatchStats":
+        """Of what the primitive returns. Views of ``counts`` are made when they are asked for.
+
+        A view costs as much as a small kernel, and a penalty needs one of the five.
+        """
+        if transformed():
+            tables, rows = counts.split_with_sizes([counts.numel() - 2, 2])
+            count, correct, predicted = tables.view(3, *mass.shape).unbind()
+            invalid, nonfinite = rows.unbind()
+            integers = (count, correct, predicted, prediction, invalid, nonfinite)
+            return cls(mass, hit, *integers, joint=joint, confusion=confusion, contested=contested)
+        stats = object.__new__(cls)
+        stats.__dict__.update(mass=mass, hit=hit, _counts=counts, prediction=prediction, joint=joint)
+        stats.__dict__.update(confusion=confusion, contested=contested, synced=False)
+        return stats
+
+    def __getattr__(self, name: str) -> Tensor:
+        """A view of ``_counts``, of which the instance keeps hold."""
+        counts = self.__dict__.get("_counts")
+        if counts is None or name not in _VIEWS:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        shape, position = self.mass.shape, _VIEWS.index(name)
+        cells = shape.numel()
+        if position < 3:
+            view = counts.as_strided(shape, self.mass.stride(), position * cells)
+        else:
+            view = counts[3 * cells + position - 3]
+        self.__dict__[name] = view
+        return view
 
     def detach(self) -> "BatchStats":
         """The same values without gradient."""
@@ -79,7 +126,7 @@ class BatchStats:
             )
         if self.synced != other.synced:
             raise ValueError("BatchStats: expected both of all processes or both of this one, got one of each")
-        summed = {name: getattr(self, name) + getattr(other, name) for name in _SUMMED}
+        summed: dict[str, Any] = {name: getattr(self, name) + getattr(other, name) for name in _SUMMED}
         both = self.confusion is not None and other.confusion is not None
         confusion = self.confusion + other.confusion if both else None  # type: ignore[operator]
         empty = self.prediction.new_empty(0)
@@ -98,6 +145,11 @@ class BatchStats:
             return self
         if self.synced:
             raise ValueError("BatchStats.all_reduce: expected statistics of this process, got those of all")
+        if self.joint is not None and self.contested:
+            raise ValueError(
+                "BatchStats.all_reduce: expected joint=True, got joint='contested': another process may have a label in"
+                " another group"
+            )
         integers = [getattr(self, name) for name in _INTEGERS if getattr(self, name) is not None]
         summed = [
             *processes.sum_with_gradient((self.mass, self.hit), group),
@@ -105,7 +157,7 @@ class BatchStats:
         ]
         confusion = summed.pop() if self.confusion is not None else None
         joint = None if self.joint is None else _merge_joint(self.joint, self.mass, group)
-        named = dict(zip(_SUMMED, summed, strict=True))
+        named: dict[str, Any] = dict(zip(_SUMMED, summed, strict=True))
         empty = self.prediction.new_empty(0)
         return BatchStats(**named, prediction=empty, joint=joint, confusion=confusion, synced=True)
 
@@ -137,19 +189,22 @@ class BatchStats:
         return result
 
 
-_SUMMED = ("mass", "hit", "count", "correct", "predicted", "invalid", "nonfinite")
-_INTEGERS = (*_SUMMED[2:], "confusion")
-_TENSORS = tuple(f.name for f in fields(BatchStats) if f.name != "synced")
+_VIEWS = ("count", "correct", "predicted", "invalid", "nonfinite")  # in the order of the primitive's counts
+_SUMMED = ("mass", "hit", *_VIEWS)
+_INTEGERS = (*_VIEWS, "confusion")
+_FLAGS = ("contested", "synced")
+_TENSORS = tuple(f.name for f in fields(BatchStats) if f.name not in _FLAGS)
 
 
-def _flatten(stats: BatchStats) -> tuple[list[Any], tuple[bool, tuple[str, ...]]]:
+def _flatten(stats: BatchStats) -> tuple[list[Any], tuple[tuple[bool, ...], tuple[str, ...]]]:
     names = tuple(n for n in _TENSORS if getattr(stats, n) is not None)  # so that every leaf is a tensor
-    return [getattr(stats, n) for n in names], (stats.synced, names)
+    return [getattr(stats, n) for n in names], (tuple(getattr(stats, n) for n in _FLAGS), names)
 
 
-def _unflatten(values: Iterable[Any], context: tuple[bool, tuple[str, ...]]) -> BatchStats:
-    synced, names = context
-    return BatchStats(**dict(zip(names, values, strict=True)), synced=synced)
+def _unflatten(values: Iterable[Any], context: tuple[tuple[bool, ...], tuple[str, ...]]) -> BatchStats:
+    flags, names = context
+    named: dict[str, Any] = dict(zip((*names, *_FLAGS), (*values, *flags), strict=True))
+    return BatchStats(**named)
 
 
 def _merge_joint(joint: JointRows, mass: Tensor, group: Any) -> JointRows:

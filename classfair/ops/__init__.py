@@ -2,17 +2,19 @@
 
 from classfair.ops.class_moments import SlotMoments, class_moments, class_moments_merge
 from classfair.ops.fairness import dependence, iou_penalty
-from classfair.ops.label_index import LabelIndex, label_index
+from classfair.ops.label_index import Cells, LabelIndex, contested_cells, label_index
 from classfair.ops.pair_terms import PairTermRows, pair_terms
 from classfair.ops.softmax_loss import SoftmaxLoss, softmax_loss
 
 __all__ = [
+    "Cells",
     "LabelIndex",
     "PairTermRows",
     "SlotMoments",
     "SoftmaxLoss",
     "class_moments",
     "class_moments_merge",
+    "contested_cells",
     "dependence",
     "iou_penalty",
     "label_index",

@@ -8,6 +8,7 @@ from torch import Tensor
 from classfair import backends, reference
 from classfair._validate import check_labels_tensor
 from classfair.ops import _library
+from classfair.ops._autograd import transformed
 
 
 class LabelIndex(NamedTuple):
@@ -38,6 +39,47 @@ _library.define(
     " -> (Tensor slot, Tensor key_of_slot, Tensor order, Tensor start, Tensor num_slots)",
     _fake,
 )
+
+
+def _contested_fake(slot: Tensor, key_of_slot: Tensor, num_slots: Tensor, num_groups: int) -> tuple[Tensor, ...]:
+    return torch.empty_like(slot), torch.empty_like(key_of_slot), torch.empty_like(num_slots)
+
+
+_library.define(
+    "contested_cells(Tensor slot, Tensor key_of_slot, Tensor num_slots, int num_groups)"
+    " -> (Tensor slot, Tensor key_of_slot, Tensor num_slots)",
+    _contested_fake,
+)
+
+
+class Cells(NamedTuple):
+    """The (label, group) cells of a batch, in ``M`` places of which ``num_cells`` are used."""
+
+    slot: Tensor  # (N,) int64 in [-1, M)
+    key: Tensor  # (M,) int64: label * num_groups + group, ascending; 0 where unused
+    num_cells: Tensor  # () int64
+
+
+def contested_cells(index: LabelIndex, num_groups: int, *, backend: str | None = None) -> Cells:
+    """Of the cells in ``index``, by label and group, those whose label the batch has in another group too.
+
+    Rows of the others get slot -1. On the CPU, outside of transforms and compiled code, M is the number of cells in
+    use; elsewhere it is that of ``index``, because nobody may wait for the number.
+
+    Example:
+        >>> label, group = torch.tensor([2, 0, 2]), torch.tensor([0, 0, 1])
+        >>> contested_cells(label_index(label, 3, group, 2), 2).slot.tolist()
+        [0, -1, 1]
+    """
+    arguments = (index.slot, index.key_of_slot, index.num_slots, num_groups)
+    # Native on the CPU only: a dozen small operators cost more than they save there, and less elsewhere.
+    if index.slot.device.type == "cpu" and backends.choose("label_index", index.slot.device, backend) == "native":
+        cells = Cells(*backends.namespace("native").contested_cells(*arguments))
+    else:
+        cells = Cells(*reference.contested_cells(*arguments))
+    if index.slot.device.type != "cpu" or transformed():
+        return cells
+    return cells._replace(key=cells.key[: int(cells.num_cells)])
 
 
 def label_index(

@@ -6,7 +6,7 @@ of these formulas. It runs on every device; autograd differentiates it.
 
 from classfair.reference.class_moments import class_moments, class_moments_merge, merge_weight
 from classfair.reference.fairness import dependence, group_iou, iou_penalty
-from classfair.reference.label_index import label_index
+from classfair.reference.label_index import contested_cells, label_index
 from classfair.reference.pair_terms import (
     pair_terms,
     pair_terms_backward,
@@ -19,6 +19,7 @@ from classfair.reference.softmax_loss import softmax_loss, softmax_loss_backward
 __all__ = [
     "class_moments",
     "class_moments_merge",
+    "contested_cells",
     "dependence",
     "group_iou",
     "iou_penalty",

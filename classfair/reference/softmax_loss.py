@@ -213,8 +213,9 @@ def _statistics(
     joint = p.new_zeros(0, 0)
     if cell is not None:
         in_cell = counted & (cell >= 0) & (cell < num_cells)
-        index = torch.where(in_cell, cell, 0)
-        joint = p.new_zeros(num_cells, num_classes).index_add(0, index, torch.where(in_cell[:, None], p, 0.0))
+        index = torch.where(in_cell, cell, num_cells)  # a spare row, because there may be no cell at all
+        joint = p.new_zeros(num_cells + 1, num_classes).index_add(0, index, torch.where(in_cell[:, None], p, 0.0))
+        joint = joint[:num_cells]
     prediction = raw.argmax(1)
     safe_y = torch.where(counted, y, 0)
     nonfinite = labels.valid & ~finite
