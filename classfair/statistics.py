@@ -145,7 +145,7 @@ class BatchStats:
             return self
         if self.synced:
             raise ValueError("BatchStats.all_reduce: expected statistics of this process, got those of all")
-        if self.joint is not None and self.contested:
+        if self.joint is not None and self.contested and dist.get_world_size(group) > 1:
             raise ValueError(
                 "BatchStats.all_reduce: expected joint=True, got joint='contested': another process may have a label in"
                 " another group"

@@ -221,6 +221,7 @@ def _cases() -> list[Case]:
         Case("all-empty", (0, 6), ALL_HARD, 2),
         Case("all-wide", (40, 1003), ALL_HARD, 2),
         Case("all-many-rows", (300, 11), ALL_HARD, 2),
+        Case("groups-many-rows", (150, 203), ("group", "joint"), 2),
         Case("all-values-only", (40, 19), ALL_HARD, 1),
         Case("dense-all", (9, 6), ("dense", "offset", "weight", "smoothing", "group", "joint"), 2, small=True),
         Case("mixed-all", (40, 19), ("mixed_ignore", "offset", "weight", "smoothing", "focal", "group"), 2),

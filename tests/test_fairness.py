@@ -29,8 +29,8 @@ def batch(rows=60, classes=4, groups=3, seed=0, dtype=torch.float64):
     return logits, target, torch.randint(-1, groups, (rows,), generator=g)
 
 
-def statistics(logits, target, group, groups=3, **options):
-    return cross_entropy_with_stats(logits, target, group=group, num_groups=groups, joint=True, **options)[1]
+def statistics(logits, target, group, groups=3, *, joint=True, **options):
+    return cross_entropy_with_stats(logits, target, group=group, num_groups=groups, joint=joint, **options)[1]
 
 
 def probabilities(logits, target, group):
@@ -296,6 +296,8 @@ def test_wrong_use_is_an_error_before_any_work():
         iou_loss(stats, paired="yes")
     with pytest.raises(ValueError, match="equalized_odds_loss: expected weighted False or True, got 'none'"):
         equalized_odds_loss(stats, weighted="none")
+    with pytest.raises(ValueError, match="expected joint False, True or 'contested', got 'all'"):
+        cross_entropy_with_stats(logits, target, joint="all")
     with pytest.raises(ValueError, match="cross_entropy_with_stats: expected group with num_groups=3, got None"):
         cross_entropy_with_stats(logits, target, num_groups=3)
 
@@ -334,6 +336,40 @@ def test_prediction_bias():
         classfair.prediction_bias(None)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("rows", "classes", "groups"), [(60, 4, 3), (60, 40, 3), (7, 3, 1), (0, 3, 2)])
+def test_contested_cells_are_all_that_equalized_odds_needs(rows, classes, groups, backend):
+    logits, target, group = batch(rows, classes, groups)
+    logits.requires_grad_()
+    whole = statistics(logits, target, group, groups, backend=backend)
+    stats = statistics(logits, target, group, groups, joint="contested", backend=backend)
+    seen = {b: {s.item() for s in group[(target == b) & (group >= 0)]} for b in range(classes)}
+    cells = [b * groups + s for b in range(classes) for s in sorted(seen[b]) if len(seen[b]) > 1]
+    assert stats.joint.cell.tolist() == cells
+    assert stats.joint.num_cells.item() == len(cells)
+    used = whole.joint.cell[: whole.joint.num_cells]
+    torch.testing.assert_close(stats.joint.rows, whole.joint.rows[torch.searchsorted(used, torch.tensor(cells).long())])
+    for options in ({}, {"kind": "mi"}, {"weighted": True}, {"empty": "nan"}):
+        values = [equalized_odds_loss(s, backend=backend, **options) for s in (stats, whole)]
+        torch.testing.assert_close(*values, equal_nan=True)
+        torch.testing.assert_close(*(torch.autograd.grad(v, logits, retain_graph=True)[0] for v in values))
+
+
+def test_contested_cells_keep_their_capacity_where_nobody_may_look():
+    logits, target, group = batch(20, 9, 2)
+
+    def loss(z):
+        stats = statistics(z, target, group, 2, joint="contested")
+        assert stats.joint.rows.shape[0] == min(20, 9 * 2)
+        return equalized_odds_loss(stats)
+
+    expected = torch.func.grad(lambda z: equalized_odds_loss(statistics(z, target, group, 2)))(logits)
+    torch.testing.assert_close(torch.func.grad(loss)(logits), expected)
+    z = logits.float().requires_grad_()
+    (found,) = torch.autograd.grad(torch.compile(loss, fullgraph=True)(z), z)
+    torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-6)
+
+
 def _rank(rank, splits, path, results):
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=len(splits))
     logits, target, group = batch()
@@ -349,6 +385,12 @@ def _rank(rank, splits, path, results):
     torch.func.grad(lambda z: iou_loss(statistics(z, target[part], group[part])))(logits[part])  # transforms, too
     with pytest.raises(ValueError, match="expected statistics of this process, got those of all"):
         stats.all_reduce().all_reduce()
+    contested = statistics(logits[part], target[part], group[part], joint="contested")
+    if len(splits) > 1:
+        with pytest.raises(ValueError, match="expected joint=True, got joint='contested'"):
+            equalized_odds_loss(contested)
+    local = [equalized_odds_loss(s, sync=False).item() for s in (contested, stats)]
+    assert local[0] == pytest.approx(local[1])
     with pytest.raises(ValueError, match="expected both of all processes or both of this one"):
         stats + stats.all_reduce()
     dist.destroy_process_group()

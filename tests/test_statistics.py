@@ -1,6 +1,10 @@
 """``BatchStats``: values against scikit-learn, sums, gradients, several processes."""
 
+import copy
 import math
+import pickle
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,7 +14,7 @@ import torch.multiprocessing as mp
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix
 from torch.utils import _pytree as pytree
 
-from classfair import BatchStats, cross_entropy, cross_entropy_with_stats
+from classfair import BatchStats, backends, cross_entropy, cross_entropy_with_stats
 
 
 def batch(rows=60, classes=5, seed=0, dtype=torch.float32):
@@ -103,6 +107,34 @@ def test_is_a_pytree_and_detaches():
     detached = stats.detach()
     assert isinstance(detached, BatchStats)
     assert not any(t.requires_grad for t in pytree.tree_leaves(detached))
+
+
+def test_counts_that_nobody_asked_for_yet_are_there():
+    logits, target, group = batch()
+    make = partial(cross_entropy_with_stats, logits, target, group=group, num_groups=3)
+    expected = make()[1]
+    counts = {n: getattr(expected, n) for n in ("count", "correct", "predicted", "invalid", "nonfinite")}
+    assert counts["count"].sum() == (group >= 0).sum()
+    assert torch.equal(counts["predicted"][1], torch.bincount(logits[group == 1].argmax(1), minlength=5))
+    for way in (copy.deepcopy, copy.copy, replace, BatchStats.detach, lambda s: pickle.loads(pickle.dumps(s))):
+        stats = way(make()[1])
+        assert all(torch.equal(getattr(stats, n), value) for n, value in counts.items())
+    assert "nonfinite=tensor(0)" in repr(make()[1])
+    with pytest.raises(AttributeError, match="'BatchStats' object has no attribute 'counts'"):
+        _ = expected.counts
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("backend", backends.available("softmax_loss", "cpu"))
+def test_prediction_is_the_first_maximum(backend, dtype):
+    g = torch.Generator().manual_seed(0)
+    for classes in (1, 2, 7, 8, 9, 31, 32, 33, 64, 100, 257):
+        logits = torch.randint(0, 3, (40, classes), generator=g).to(dtype)  # ties in every row
+        logits[:2] = -torch.inf
+        logits[2:4, ::2] = -torch.inf
+        stats = cross_entropy_with_stats(logits, torch.zeros(40, dtype=torch.int64), backend=backend)[1]
+        first = (logits == logits.amax(1, keepdim=True)).int().argmax(1)  # torch's own takes any in some versions
+        assert torch.equal(stats.prediction, first), classes
 
 
 def test_monitoring_costs_no_gradient_but_gives_the_same_values():
