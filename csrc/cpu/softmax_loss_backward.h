@@ -176,6 +176,7 @@ void backward_row(const Backward<T>& b, int64_t i, const Row<A>& row, const T* z
   }
   g.scale = upstream * total + upstream_lse;
 
+  if (b.statistics()) prefetch_for_write(out, in.C);  // while the softmax is computed
   A extra_a = 0, extra_b = 0;
   const bool statistics = statistics_gradient(b, row, i, z, buffers, &g, &extra_a, &extra_b);
 

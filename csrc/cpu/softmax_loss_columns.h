@@ -13,12 +13,12 @@ CLASSFAIR_INLINE void for_columns(int64_t C, Body&& body, Tail&& tail) {
   if (c < C) tail(c, C - c);
 }
 
-// Fetches a row that is to be read soon; its first 4 KB, after which the processor has seen where this leads.
+// Fetches a row that is soon to be written; its first 4 KB, after which the processor sees where this leads.
 template <class E>
-CLASSFAIR_INLINE void prefetch_row(const E* x, int64_t C) {
+CLASSFAIR_INLINE void prefetch_for_write(const E* x, int64_t C) {
   const char* const begin = reinterpret_cast<const char*>(x);
   const int64_t bytes = std::min<int64_t>(C * sizeof(E), 4096);
-  for (int64_t offset = 0; offset < bytes; offset += 64) __builtin_prefetch(begin + offset);
+  for (int64_t offset = 0; offset < bytes; offset += 64) __builtin_prefetch(begin + offset, 1);
 }
 
 template <class E, class A = acc_t<E>>
@@ -74,8 +74,9 @@ CLASSFAIR_INLINE Maximum<A> row_argmax(const E* x, int64_t C) {
 }
 
 // sum_c exp(x_c - m). kKeep: also writes the terms to e. kLinear: also sum_c w_c (x_c - m), w = 1 where null.
-template <bool kKeep, bool kLinear, class E, class A = acc_t<E>>
-A exp_sum(const E* x, int64_t C, A m, A* e, const A* w, A* linear) {
+// next: a row to fetch meanwhile, since this is all arithmetic and looking for the maximum all memory.
+template <bool kKeep, bool kLinear, class E, class T, class A = acc_t<E>>
+A exp_sum(const E* x, int64_t C, A m, A* e, const A* w, A* linear, const T* next) {
   Vec<A> sum = {}, lin = {};
   const auto term = [&](Vec<A> v, Vec<A> wv) {
     const Vec<A> d = v - m;
@@ -86,6 +87,7 @@ A exp_sum(const E* x, int64_t C, A m, A* e, const A* w, A* linear) {
   for_columns<A>(
       C,
       [&](int64_t c) {
+        __builtin_prefetch(next + c);
         const Vec<A> t = term(load(x + c), kLinear && w ? load(w + c) : one);
         if (kKeep) store(e + c, t);
         sum += t;

@@ -23,15 +23,15 @@ struct LogSum {
   double total() const { return static_cast<double>(max) + static_cast<double>(log); }
 };
 
-// e, w and linear as in exp_sum; sum, where not null, receives the sum of exponentials.
-template <bool kKeep, bool kLinear, class E, class A = acc_t<E>>
-LogSum<A> log_sum(const E* x, int64_t C, A max, A* e, const A* w, A* linear, A* sum) {
+// e, w, linear and next as in exp_sum; sum, where not null, receives the sum of exponentials.
+template <bool kKeep, bool kLinear, class E, class T, class A = acc_t<E>>
+LogSum<A> log_sum(const E* x, int64_t C, A max, A* e, const A* w, A* linear, A* sum, const T* next) {
   if (max == -std::numeric_limits<A>::infinity()) {
     bool nan = false;
     for (int64_t c = 0; c < C; ++c) nan |= std::isnan(static_cast<A>(x[c]));
     return {max, nan ? std::numeric_limits<A>::quiet_NaN() : A(0), !nan};
   }
-  const A total = exp_sum<kKeep, kLinear>(x, C, max, e, w, linear);
+  const A total = exp_sum<kKeep, kLinear>(x, C, max, e, w, linear, next);
   if (sum) *sum = total;
   return {max, std::log(total), false};
 }
@@ -51,10 +51,10 @@ A hard_loss(const Inputs<T>& in, const Row<A>& row, const E* x, const LogSum<A>&
   return loss;
 }
 
-// One row; z is contiguous. x: a buffer of C for perturbed logits.
+// One row; z is contiguous, and so is the row that comes next. x: a buffer of C for perturbed logits.
 template <class T, class A = acc_t<T>>
-void forward_row(const Forward<T>& f, int64_t chunk, int64_t i, const Row<A>& row, const T* z, const A* soft,
-                 A weight_sum, GroupSums<A>& mass, A* x) {
+void forward_row(const Forward<T>& f, int64_t chunk, int64_t i, const Row<A>& row, const T* z, const T* next,
+                 const A* soft, A weight_sum, GroupSums<A>& mass, A* x) {
   const Inputs<T>& in = f.in;
   constexpr A kInf = std::numeric_limits<A>::infinity();
   const bool perturbed = in.perturbed(), smooth = in.smoothing != A(0) && !soft;
@@ -77,18 +77,18 @@ void forward_row(const Forward<T>& f, int64_t chunk, int64_t i, const Row<A>& ro
       x[row.a] -= in.margin[row.a];
       max_x = row_max(x, in.C);
     }
-    lse = smooth ? log_sum<false, true>(x, in.C, max_x, none, in.weight, &linear, none)
-                 : log_sum<false, false>(x, in.C, max_x, none, in.weight, none, none);
+    lse = smooth ? log_sum<false, true>(x, in.C, max_x, none, in.weight, &linear, none, next)
+                 : log_sum<false, false>(x, in.C, max_x, none, in.weight, none, none, next);
     finish(x);
-    if (in.stats) raw = log_sum<true, false>(z, in.C, max.value, e, in.weight, none, &sum_raw);
+    if (in.stats) raw = log_sum<true, false>(z, in.C, max.value, e, in.weight, none, &sum_raw, z);
     if (f.lse_raw) f.lse_raw[i] = raw.total();
   } else {
     if (in.stats)
-      lse = smooth ? log_sum<true, true>(z, in.C, max.value, e, in.weight, &linear, &sum_raw)
-                   : log_sum<true, false>(z, in.C, max.value, e, in.weight, none, &sum_raw);
+      lse = smooth ? log_sum<true, true>(z, in.C, max.value, e, in.weight, &linear, &sum_raw, next)
+                   : log_sum<true, false>(z, in.C, max.value, e, in.weight, none, &sum_raw, next);
     else
-      lse = smooth ? log_sum<false, true>(z, in.C, max.value, none, in.weight, &linear, none)
-                   : log_sum<false, false>(z, in.C, max.value, none, in.weight, none, none);
+      lse = smooth ? log_sum<false, true>(z, in.C, max.value, none, in.weight, &linear, none, next)
+                   : log_sum<false, false>(z, in.C, max.value, none, in.weight, none, none, next);
     finish(z);
     raw = lse;
   }
@@ -150,7 +150,6 @@ void forward_chunk(const Forward<T>& f, int64_t chunk, acc_t<T> weight_sum) {
     for (int64_t r = 0; r < count; ++r) {
       const int64_t i = rows[r];
       const Row<A> row = resolve(in, i);
-      if (f.by_group && r + 1 < count) prefetch_row(logits.row(rows[r + 1], r + 1), in.C);
       if (in.stats && row.group >= 0 && row.group < in.G) mass.enter(row.group);
       if (row.kind != LabelKind::kValid) {
         if (row.kind == LabelKind::kInvalid) f.chunk_bad[chunk] = std::min(i, f.chunk_bad[chunk]);
@@ -160,7 +159,10 @@ void forward_chunk(const Forward<T>& f, int64_t chunk, acc_t<T> weight_sum) {
       weight += in.soft.data ? 1.0 : 0.0;
       if (row.a >= 0) weight += row.share_a * (in.weight ? in.weight[row.a] : A(1));
       if (row.b >= 0) weight += row.share_b * (in.weight ? in.weight[row.b] : A(1));
-      forward_row(f, chunk, i, row, logits.row(i, r), in.soft.data ? soft.row(i, r) : nullptr, weight_sum, mass, x);
+      const T* const z = logits.row(i, r);
+      const bool fetch = in.logits.contiguous() && begin + r + 1 < end;
+      const T* const next = fetch ? in.logits.row(in.visited(begin + r + 1)) : z;
+      forward_row(f, chunk, i, row, z, next, in.soft.data ? soft.row(i, r) : nullptr, weight_sum, mass, x);
     }
   }
   f.chunk_weight[chunk] = weight;
