@@ -18,8 +18,8 @@ from classfair.ops.label_index import label_index
 class JointRows(NamedTuple):
     """Sums of p(c|x) over the samples of each (label, group) cell of the batch.
 
-    M = min(N, C * G) whatever the labels, so that nobody waits for a number; for contested cells on the CPU, outside of
-    transforms and compiled code, M = num_cells.
+    M = min(N, C * G) whatever the labels, so that nobody waits for a number; for contested cells on the CPU in eager
+    mode M = num_cells.
     """
 
     rows: Tensor  # (M, C); zero where unused; differentiable
@@ -105,11 +105,12 @@ class BatchStats:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         shape, position = self.mass.shape, _VIEWS.index(name)
         cells = shape.numel()
-        if position < 3:
-            view = counts.as_strided(shape, self.mass.stride(), position * cells)
+        if position < 3:  # one operator; a slice and a view would be two
+            view = counts.as_strided(shape, (shape[1], 1), counts.storage_offset() + position * cells)
         else:
             view = counts[3 * cells + position - 3]
-        self.__dict__[name] = view
+        if not transformed():  # whose tensors must not outlive them
+            self.__dict__[name] = view
         return view
 
     def detach(self) -> "BatchStats":

@@ -178,7 +178,7 @@ def test_repeats_bitwise(backend, device):
 
 @pytest.mark.skipif("native" not in backends.available("softmax_loss", "cpu"), reason="no compiled CPU kernels")
 def test_any_number_of_threads_gives_the_same_bits():
-    cases = [ALL, Case("threads", (301, 77), (*ALL_HARD,), 2)]
+    cases = [ALL, Case("threads", (301, 77), ALL_HARD, 2), Case("threads-wide", (150, 301), ("group", "joint"), 2)]
     threads = torch.get_num_threads()
     try:
         for case in cases:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch._subclasses import FakeTensorMode
 
 import classfair
 from classfair import (
@@ -358,7 +359,7 @@ def test_contested_cells_are_all_that_equalized_odds_needs(rows, classes, groups
 def test_contested_cells_keep_their_capacity_where_nobody_may_look():
     logits, target, group = batch(20, 9, 2)
 
-    def loss(z):
+    def loss(z, target=target, group=group):
         stats = statistics(z, target, group, 2, joint="contested")
         assert stats.joint.rows.shape[0] == min(20, 9 * 2)
         return equalized_odds_loss(stats)
@@ -368,6 +369,16 @@ def test_contested_cells_keep_their_capacity_where_nobody_may_look():
     z = logits.float().requires_grad_()
     (found,) = torch.autograd.grad(torch.compile(loss, fullgraph=True)(z), z)
     torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-6)
+    with FakeTensorMode() as mode:
+        assert loss(*map(mode.from_tensor, (logits, target, group))).shape == ()
+
+
+def test_contested_cells_of_two_mixed_labels_are_those_of_the_larger_share():
+    logits, y_a, group = batch()
+    mixed = classfair.MixedTarget(y_a, y_a.roll(7), torch.linspace(0, 1, 60))
+    values = [equalized_odds_loss(statistics(logits, mixed, group, joint=j)) for j in ("contested", True)]
+    torch.testing.assert_close(*values)
+    assert values[0] > 0
 
 
 def _rank(rank, splits, path, results):

@@ -124,6 +124,13 @@ def test_counts_that_nobody_asked_for_yet_are_there():
         _ = expected.counts
 
 
+def test_counts_asked_for_inside_a_transform_do_not_stay_there():
+    logits, target, group = batch()
+    stats = cross_entropy_with_stats(logits, target, group=group, num_groups=3, differentiable=False)[1]
+    torch.func.grad(lambda w: (w * stats.count).sum())(torch.randn(3, 5))
+    assert torch.equal(pickle.loads(pickle.dumps(stats)).count, stats.count)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("backend", backends.available("softmax_loss", "cpu"))
 def test_prediction_is_the_first_maximum(backend, dtype):

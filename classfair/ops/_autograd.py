@@ -8,14 +8,18 @@ from torch.autograd import Function
 
 
 def transformed() -> bool:
-    """Whether a function transform or the compiler looks on, who must see every tensor."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    """Whether a function transform, a tracer or the compiler looks on, who must see every tensor."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
 
 
 def quick_apply(function: type[Function], *, first_only: bool = False) -> Callable[..., Any]:
     """``function.apply`` without what only transforms and the compiler need.
 
-    first_only: return the first output. The others are there to be saved, which transforms demand of what is saved.
+    first_only: return the first output. The others are outputs only because transforms save nothing else.
 
     For a Function with ``setup_context`` torch binds the arguments through ``inspect`` on every call: 50 to 120
     microseconds, as much as a loss on a small batch. One whose ``forward`` takes ``ctx`` is spared that, but neither

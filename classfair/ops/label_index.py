@@ -61,10 +61,10 @@ class Cells(NamedTuple):
 
 
 def contested_cells(index: LabelIndex, num_groups: int, *, backend: str | None = None) -> Cells:
-    """Of the cells in ``index``, by label and group, those whose label the batch has in another group too.
+    """Of the cells in ``index``, by label and group, those whose label the batch has in another group too; unchecked.
 
-    Rows of the others get slot -1. On the CPU, outside of transforms and compiled code, M is the number of cells in
-    use; elsewhere it is that of ``index``, because nobody may wait for the number.
+    Rows of the others get slot -1. On the CPU in eager mode M is the number of cells in use; elsewhere it is that of
+    ``index``, because nobody may wait for the number.
 
     Example:
         >>> label, group = torch.tensor([2, 0, 2]), torch.tensor([0, 0, 1])
@@ -72,7 +72,7 @@ def contested_cells(index: LabelIndex, num_groups: int, *, backend: str | None =
         [0, -1, 1]
     """
     arguments = (index.slot, index.key_of_slot, index.num_slots, num_groups)
-    # Native on the CPU only: a dozen small operators cost more than they save there, and less elsewhere.
+    # A kernel on the CPU only, where a dozen small operators cost as much as they save.
     if index.slot.device.type == "cpu" and backends.choose("label_index", index.slot.device, backend) == "native":
         cells = Cells(*backends.namespace("native").contested_cells(*arguments))
     else:

@@ -81,9 +81,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> label_index_cpu(Tensor target
   return {slot, key_of_slot, order, start, num_slots};
 }
 
-// Numbers the cells anew whose label has another one; cells of a label are neighbours.
+// Numbers anew the cells whose label has a second cell; cells of a label are neighbours.
 std::tuple<Tensor, Tensor, Tensor> contested_cells_cpu(Tensor slot, Tensor key_of_slot, Tensor num_slots,
                                                        int64_t num_groups) {
+  STD_TORCH_CHECK(num_groups > 0, "contested_cells: expected num_groups >= 1");
   const int64_t rows = slot.numel(), capacity = key_of_slot.numel();
   const int64_t used = *static_cast<const int64_t*>(num_slots.data_ptr());
   const int64_t* slots = static_cast<const int64_t*>(slot.data_ptr());

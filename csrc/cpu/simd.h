@@ -139,19 +139,6 @@ CLASSFAIR_INLINE FloatV max(FloatV a, FloatV b) {
 }
 CLASSFAIR_INLINE DoubleV max(DoubleV a, DoubleV b) { return a > b ? a : b; }
 
-// Whether a comparison holds in any lane.
-template <class Mask>
-CLASSFAIR_INLINE bool any(Mask mask) {
-#if CLASSFAIR_VECTOR_BYTES == 64
-  return _mm512_test_epi64_mask((__m512i)mask, (__m512i)mask) != 0;
-#elif CLASSFAIR_VECTOR_BYTES == 32
-  return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
-#else
-  const Int64V wide = bits_as<Int64V>(mask);
-  return (wide[0] | wide[1]) != 0;
-#endif
-}
-
 // e^x for x <= 88, relative error below 2e-7: x = n ln2 + r with |r| <= ln2 / 2, a minimax polynomial of e^r (own
 // Remez fit, relative error 7.6e-8) times 2^n. Results below 2^-126 / sqrt(2) are zero.
 CLASSFAIR_INLINE FloatV exp(FloatV x) {

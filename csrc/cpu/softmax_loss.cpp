@@ -88,8 +88,11 @@ Inputs<T> make_inputs(const Arguments& a) {
   in.smoothing = static_cast<A>(a.label_smoothing);
   in.gamma = static_cast<A>(a.gamma);
   in.stats = a.stats;
+  // Rows are visited by group where one of them fills cache lines of its own: elsewhere that is random access.
+  in.by_group = in.stats && in.group && in.G > 1 && in.C >= 256 && in.logits.contiguous();
   // Small enough to balance, large enough that the partial sums of chunks stay a small part of the traffic.
-  in.chunk_rows = std::max<int64_t>(32, in.rows / 256);
+  in.chunk_rows = std::max<int64_t>(32, in.stats && !in.by_group ? 8 * in.G : 0);
+  in.chunk_rows = std::max<int64_t>(in.chunk_rows, in.rows / 256);
   return in;
 }
 
@@ -120,12 +123,13 @@ template <class T>
                           std::to_string(i));
 }
 
-// Stable order of the rows by key in [-1, num_keys), the rows with key -1 last; start[k] is where key k begins.
+// Stable order of the rows by key, those with a key outside of [0, num_keys) last; start[k] is where key k begins.
 template <class Key>
 std::vector<int64_t> sort_rows(int64_t rows, int64_t num_keys, std::vector<int64_t>* start, Key&& key_of) {
   std::vector<int64_t> begin(num_keys + 2, 0), order(rows), key(rows);
   for (int64_t i = 0; i < rows; ++i) {
-    key[i] = key_of(i) < 0 ? num_keys : key_of(i);
+    const int64_t k = key_of(i);
+    key[i] = k < 0 || k > num_keys ? num_keys : k;
     ++begin[key[i] + 1];
   }
   std::partial_sum(begin.begin(), begin.end(), begin.begin());
@@ -144,20 +148,20 @@ void sum_chunks(const A* partial, int64_t chunks, int64_t size, A* out) {
   });
 }
 
-// How the (G, C) statistics are summed. A small table is one unit: every chunk has its own. Of a large one each group
-// is a unit, and rows are visited by group: a chunk then meets few units, and both ascend, so that chunk + unit numbers
+// How the (G, C) statistics are summed. Either they are one unit, of which every chunk has its own. Or, where rows are
+// visited by group, each group is a unit: a chunk then meets few units, and both ascend, so that chunk + unit numbers
 // the partial sums, and there are chunks + G of them instead of chunks * G.
 struct Units {
-  std::vector<int64_t> start;  // (units + 1,) where the rows of each begin
+  int64_t count, size;         // and numbers in each
+  std::vector<int64_t> start;  // where the rows of each begin, and the last one's end
   std::vector<int64_t> order;  // (rows,) by group, those without one last; empty: natural
-  int64_t size;                // numbers of a unit
 
   template <class T>
-  explicit Units(const Inputs<T>& in) : start{0, in.rows}, size(in.G * in.C) {
-    constexpr int64_t kSmall = 512;
-    if (!in.stats || !in.group || in.G == 1 || size <= kSmall) return;
-    order = sort_rows(in.rows, in.G, &start, [&](int64_t i) { return in.group[i] < in.G ? in.group[i] : int64_t(-1); });
+  explicit Units(const Inputs<T>& in) : count(1), size(in.G * in.C), start{0, in.rows} {
+    if (!in.by_group) return;
+    count = in.G;
     size = in.C;
+    order = sort_rows(in.rows, in.G, &start, [&](int64_t i) { return in.group[i]; });
   }
 };
 
@@ -177,7 +181,7 @@ template <class T>
 void count_unit(const Forward<T>& f, const Units& units, int64_t unit, acc_t<T>* hit, int64_t* counts) {
   const Inputs<T>& in = f.in;
   const int64_t cells = in.G * in.C, size = units.size;
-  const bool grouped = !f.by_group && in.group;
+  const bool grouped = !in.by_group && in.group;
   int64_t *count = counts, *correct = count + cells, *predicted = correct + cells;
   for (int64_t* table : {count, correct, predicted}) std::fill(table, table + size, 0);
   double* sum = scratch<double>(size);
@@ -201,7 +205,7 @@ void sum_statistics(const Forward<T>& f, const Units& units, acc_t<T>* mass, acc
   constexpr int64_t kColumns = 4096;
   const Inputs<T>& in = f.in;
   const int64_t tasks = (units.size + kColumns - 1) / kColumns + 1;  // of a unit: blocks of mass, and the rest
-  parallel_for(0, tasks * (in.G * in.C / units.size), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, tasks * units.count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t unit = task / tasks, block = task % tasks, first = block * kColumns, offset = unit * units.size;
       if (block + 1 == tasks)
@@ -237,11 +241,10 @@ ForwardResult forward(const Arguments& a) {
   Tensor total_weight = allocate<0>(a.logits, {}, acc);
 
   const Units units(in);
-  f.by_group = !units.order.empty();
-  f.unit = units.size;
-  if (f.by_group) f.in.order = units.order.data();
-  const int64_t partial_rows = in.chunks() + (f.by_group ? in.G : 1);
-  const std::unique_ptr<A[]> partial(new A[stats ? partial_rows * f.unit : 0]);  // chunks zero what they use
+  if (in.by_group) f.in.order = units.order.data();
+  f.unit_size = units.size;
+  // Not zeroed: the chunks do that.
+  const std::unique_ptr<A[]> partial(new A[stats ? (in.chunks() + units.count) * units.size : 0]);
   const std::unique_ptr<RowStatistics<A>[]> row_statistics(new RowStatistics<A>[stats ? rows : 0]);
   std::vector<double> chunk_weight(in.chunks());
   std::vector<int64_t> chunk_bad(in.chunks()), chunk_nonfinite(in.chunks());

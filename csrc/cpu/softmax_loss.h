@@ -39,6 +39,7 @@ struct Inputs {
   int64_t ignore_index;
   A smoothing, gamma;
   int64_t stats;
+  bool by_group;         // the forward pass visits rows by group
   const int64_t* order;  // rows in the order in which they are visited, null: natural
   int64_t chunk_rows;    // rows per chunk; never depends on the number of threads
 
@@ -52,7 +53,9 @@ using Row = RowLabels<A>;
 
 template <class T>
 Row<acc_t<T>> resolve(const Inputs<T>& in, int64_t i) {
-  return resolve_labels<acc_t<T>>(in, i);
+  Row<acc_t<T>> row = resolve_labels<acc_t<T>>(in, i);
+  if (row.cell >= in.cells) row.cell = -1;
+  return row;
 }
 
 template <class A>
@@ -69,12 +72,11 @@ template <class T>
 struct Forward {
   using A = acc_t<T>;
   Inputs<T> in;
-  A* loss;                // (rows,)
-  double *lse, *lse_raw;  // (rows,); lse_raw null where it would equal lse
-  int64_t* prediction;    // (rows,) or null
-  A* partial_mass;        // (chunks + units, unit) or null; row chunk + u: of unit u
-  int64_t unit;           // numbers of a unit of (G, C) sums: C where rows are visited by group, else G * C
-  bool by_group;
+  A* loss;                           // (rows,)
+  double *lse, *lse_raw;             // (rows,); lse_raw null where it would equal lse
+  int64_t* prediction;               // (rows,) or null
+  A* partial_mass;                   // (chunks + units, unit_size) or null; row chunk + u: of unit u
+  int64_t unit_size;                 // of the (G, C) sums: C where rows are visited by group, else G * C
   RowStatistics<A>* row_statistics;  // (rows,) or null
   int64_t* chunk_nonfinite;          // (chunks,) rows without a finite log-sum-exp
   double* chunk_weight;              // (chunks,)

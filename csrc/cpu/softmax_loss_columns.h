@@ -157,7 +157,7 @@ class GroupSums {
   GroupSums(A* sums, int64_t C, bool clear, A* buffers) : sums_(sums), C_(C), clear_(clear) {
     for (int k = 0; k < kPending; ++k) rows_[k] = buffers + k * C;
   }
-  A* next_row() const { return rows_[pending_]; }
+  A* buffer() const { return rows_[pending_]; }
   // The rows that follow are of this group.
   void enter(int64_t group) {
     if (group == group_) return;
@@ -165,7 +165,7 @@ class GroupSums {
     group_ = group;
     if (clear_) std::fill(sums_ + group * C_, sums_ + (group + 1) * C_, A(0));
   }
-  // Adds scale times what next_row() holds.
+  // Adds scale times what buffer() holds.
   void add(A scale) {
     scale_[pending_++] = scale;
     if (pending_ == kPending) finish();

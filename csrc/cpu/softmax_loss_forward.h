@@ -69,7 +69,7 @@ void forward_row(const Forward<T>& f, int64_t chunk, int64_t i, const Row<A>& ro
           soft ? dense_loss(in, soft, logits, lse.max, lse.log) : hard_loss(in, row, logits, lse, linear, weight_sum);
   };
   A* const none = nullptr;
-  A* const e = mass.next_row();  // exponentials of the raw logits
+  A* const e = mass.buffer();  // exponentials of the raw logits
   const Maximum<A> max = in.stats ? row_argmax(z, in.C) : Maximum<A>{perturbed ? A(0) : row_max(z, in.C), 0};
   if (perturbed) {
     A max_x = perturb(z, in.offset, row.slot >= 0 ? in.pair + row.slot * in.C : nullptr, in.C, x);
@@ -135,9 +135,9 @@ void forward_chunk(const Forward<T>& f, int64_t chunk, acc_t<T> weight_sum) {
   A* buffers = x + in.C;
   const TileReader<T> logits{in.logits, in.C, in.logits.contiguous() ? nullptr : scratch_tile<T>(kTile * in.C)};
   const TileReader<A> soft{in.soft, in.C, buffers + kBuffers * in.C};
-  A* partial = f.partial_mass ? f.partial_mass + chunk * f.unit : nullptr;
-  if (partial && !f.by_group) std::fill(partial, partial + f.unit, A(0));
-  GroupSums<A> mass(partial, in.C, f.by_group, buffers);
+  A* partial = f.partial_mass ? f.partial_mass + chunk * f.unit_size : nullptr;
+  if (partial && !in.by_group) std::fill(partial, partial + f.unit_size, A(0));
+  GroupSums<A> mass(partial, in.C, in.by_group, buffers);
   double weight = 0;
   f.chunk_bad[chunk] = in.rows;
   f.chunk_nonfinite[chunk] = 0;
