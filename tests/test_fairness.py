@@ -356,6 +356,19 @@ def test_contested_cells_are_all_that_equalized_odds_needs(rows, classes, groups
         torch.testing.assert_close(*(torch.autograd.grad(v, logits, retain_graph=True)[0] for v in values))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", PENALTIES)
+def test_a_graph_that_is_kept_gives_the_same_gradient_again(name, backend):
+    """The first backward may use up what forward saved for it."""
+    logits, target, group = batch()
+    logits.requires_grad_()
+    value = PENALTIES[name][0](statistics(logits, target, group, backend=backend), backend=backend)
+    once, twice = (torch.autograd.grad(value, logits, 3 * torch.ones_like(value), retain_graph=True)[0] for _ in "ab")
+    assert torch.equal(once, twice)
+    (batched,) = torch.autograd.grad(value, logits, torch.tensor([3.0, 6.0]).to(value), is_grads_batched=True)
+    torch.testing.assert_close(batched, torch.stack([once, 2 * once]))
+
+
 def test_contested_cells_keep_their_capacity_where_nobody_may_look():
     logits, target, group = batch(20, 9, 2)
 

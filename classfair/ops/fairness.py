@@ -11,7 +11,7 @@ from torch import Tensor
 
 from classfair import backends, reference
 from classfair.ops import _library
-from classfair.ops._autograd import quick_apply
+from classfair.ops._autograd import quick_apply, transformed
 
 
 def _dependence_fake(rows: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -36,7 +36,7 @@ _library.define(
 
 
 class DependenceFunction(torch.autograd.Function):
-    """Saves the gradient that came with the value."""
+    """Keeps the gradient that came with the value; it may be as large as the logits."""
 
     generate_vmap_rule = True
 
@@ -56,19 +56,35 @@ class DependenceFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-        ctx.options = inputs[4:6]
-        ctx.save_for_backward(*inputs[:4], output[1])
+        ctx.options, ctx.backend = inputs[4:6], inputs[6]
         ctx.mark_non_differentiable(output[1])
+        if transformed():
+            ctx.save_for_backward(*inputs[:4], output[1])
+        else:
+            ctx.save_for_backward(*inputs[:4])
+            ctx.gradient = output[1]
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple:
-        rows, *constant, gradient = ctx.saved_tensors
+        rows, *constant = ctx.saved_tensors
         if torch.is_grad_enabled():
-            formula = partial(_dependence_of, constant, ctx.options)
+            formula = partial(_dependence_of, constant[:3], ctx.options)
             (gradient,) = torch.func.vjp(formula, rows)[1](upstream)
-        else:
-            gradient = gradient * upstream
+        elif transformed() or len(constant) > 3 or torch._C._functorch.is_legacy_batchedtensor(upstream):
+            gradient = _unscaled(ctx, rows, *constant) * upstream
+        else:  # this backward's own: a product beside it would take its size once more
+            gradient = _unscaled(ctx, rows, *constant).mul_(upstream)
+            ctx.gradient = None
         return gradient, None, None, None, None, None, None
+
+
+def _unscaled(ctx: Any, rows: Tensor, *constant: Any) -> Tensor:
+    """The gradient of :class:`DependenceFunction` that was saved; computed again if an earlier backward used it up."""
+    if len(constant) > 3:
+        return constant[3]
+    if ctx.gradient is None:
+        return backends.namespace(ctx.backend).dependence(rows, *constant, *ctx.options)[1]
+    return ctx.gradient
 
 
 class IoUPenaltyFunction(torch.autograd.Function):

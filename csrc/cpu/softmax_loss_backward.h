@@ -75,14 +75,19 @@ A raw_softmax(const T* z, int64_t C, double lse, const A* mass, A* p) {
 
 template <class A>
 bool all_zero(const A* x, int64_t C) {
-  Vec<A> largest = {};
-  for_columns<A>(
-      C, [&](int64_t c) { largest = max(largest, max(load(x + c), -load(x + c))); },
-      [&](int64_t c, int64_t n) {
-        const Vec<A> v = load_some(x + c, n, A(0));
-        largest = max(largest, max(v, -v));
-      });
-  return max_lanes<A>(largest) == A(0);
+  constexpr int64_t kBlock = 8 * kLanes<A>;
+  for (int64_t begin = 0; begin < C; begin += kBlock) {  // most rows that are not show it at once
+    Vec<A> largest = {};
+    for_columns<A>(
+        std::min(kBlock, C - begin),
+        [&](int64_t c) { largest = max(largest, max(load(x + begin + c), -load(x + begin + c))); },
+        [&](int64_t c, int64_t n) {
+          const Vec<A> v = load_some(x + begin + c, n, A(0));
+          largest = max(largest, max(v, -v));
+        });
+    if (max_lanes<A>(largest) != A(0)) return false;
+  }
+  return true;
 }
 
 // Working rows of one chunk's backward.

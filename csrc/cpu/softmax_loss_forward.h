@@ -70,6 +70,9 @@ void forward_row(const Forward<T>& f, int64_t chunk, int64_t i, const Row<A>& ro
   };
   A* const none = nullptr;
   A* const e = mass.buffer();  // exponentials of the raw logits
+  // The softmax of a row that is alone in its cell is at hand; other cells have a pass.
+  A* const own = f.joint && row.cell >= 0 && f.cell_rows(row.cell) == 1 ? f.joint + row.cell * in.C : nullptr;
+  if (own) prefetch_for_write(own, in.C);
   const Maximum<A> max = in.stats ? row_argmax(z, in.C) : Maximum<A>{perturbed ? A(0) : row_max(z, in.C), 0};
   if (perturbed) {
     A max_x = perturb(z, in.offset, row.slot >= 0 ? in.pair + row.slot * in.C : nullptr, in.C, x);
@@ -106,8 +109,7 @@ void forward_row(const Forward<T>& f, int64_t chunk, int64_t i, const Row<A>& ro
   s.b = static_cast<int32_t>(row.b);
   if (hit >= 0) s.hit_a = e[hit] * scale * (in.soft.data ? A(1) : row.share_a);
   if (row.b >= 0) s.hit_b = e[row.b] * scale * row.share_b;
-  if (f.joint && row.cell >= 0 && f.cell_rows(row.cell) == 1) {  // its softmax is at hand; other cells have a pass
-    A* own = f.joint + row.cell * in.C;
+  if (own) {
     for_columns<A>(
         in.C, [&](int64_t c) { store(own + c, load(e + c) * scale); },
         [&](int64_t c, int64_t n) { store_some(own + c, load_some(e + c, n, A(0)) * scale, n); });
