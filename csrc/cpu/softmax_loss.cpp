@@ -138,14 +138,18 @@ std::vector<int64_t> sort_rows(int64_t rows, int64_t num_keys, std::vector<int64
   return order;
 }
 
-// out[j] = sum over chunks, in chunk order, of partial[chunk, j].
+// out[j] = sum over rows, in their order, of partial[row, j], for columns [begin, end).
+template <class A>
+void sum_rows(const A* partial, int64_t rows, int64_t size, int64_t begin, int64_t end, A* out) {
+  std::fill(out + begin, out + end, A(0));
+  for (int64_t k = 0; k < rows; ++k)
+    for (int64_t j = begin; j < end; ++j) out[j] += partial[k * size + j];
+}
+
+// All columns.
 template <class A>
 void sum_chunks(const A* partial, int64_t chunks, int64_t size, A* out) {
-  parallel_for(0, size, 16384, [&](int64_t begin, int64_t end) {
-    std::fill(out + begin, out + end, A(0));
-    for (int64_t k = 0; k < chunks; ++k)
-      for (int64_t j = begin; j < end; ++j) out[j] += partial[k * size + j];
-  });
+  parallel_for(0, size, 16384, [&](int64_t begin, int64_t end) { sum_rows(partial, chunks, size, begin, end, out); });
 }
 
 // How the (G, C) statistics are summed. Either they are one unit, of which every chunk has its own. Or, where rows are
@@ -168,11 +172,9 @@ struct Units {
 // One unit of mass, columns [begin, end).
 template <class T>
 void sum_unit(const Forward<T>& f, const Units& units, int64_t unit, int64_t begin, int64_t end, acc_t<T>* mass) {
-  std::fill(mass + begin, mass + end, acc_t<T>(0));
-  const int64_t first = units.start[unit], last = units.start[unit + 1] - 1;
-  if (first > last) return;
-  for (int64_t chunk = first / f.in.chunk_rows; chunk <= last / f.in.chunk_rows; ++chunk)
-    for (int64_t j = begin; j < end; ++j) mass[j] += f.partial_mass[(chunk + unit) * units.size + j];
+  const int64_t first = units.start[unit], end_row = units.start[unit + 1], chunk = first / f.in.chunk_rows;
+  const int64_t chunks = first < end_row ? (end_row - 1) / f.in.chunk_rows - chunk + 1 : 0;
+  sum_rows(f.partial_mass + (chunk + unit) * units.size, chunks, units.size, begin, end, mass);
 }
 
 // One unit of hit and of the integer counts: a few numbers a sample, summed in row order; hit in double, because in
