@@ -58,33 +58,24 @@ class DependenceFunction(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
         ctx.options, ctx.backend = inputs[4:6], inputs[6]
         ctx.mark_non_differentiable(output[1])
-        if transformed():
-            ctx.save_for_backward(*inputs[:4], output[1])
-        else:
-            ctx.save_for_backward(*inputs[:4])
-            ctx.gradient = output[1]
+        ctx.gradient = None if transformed() else output[1]  # to be scaled in place, which what is saved may not be
+        ctx.save_for_backward(*inputs[:4], output[1] if transformed() else None)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple:
-        rows, *constant = ctx.saved_tensors
+        rows, *constant, gradient = ctx.saved_tensors
         if torch.is_grad_enabled():
-            formula = partial(_dependence_of, constant[:3], ctx.options)
+            formula = partial(_dependence_of, constant, ctx.options)
             (gradient,) = torch.func.vjp(formula, rows)[1](upstream)
-        elif transformed() or len(constant) > 3 or torch._C._functorch.is_legacy_batchedtensor(upstream):
-            gradient = _unscaled(ctx, rows, *constant) * upstream
-        else:  # this backward's own: a product beside it would take its size once more
-            gradient = _unscaled(ctx, rows, *constant).mul_(upstream)
-            ctx.gradient = None
+        elif gradient is not None:
+            gradient = gradient * upstream
+        else:
+            gradient, ctx.gradient = ctx.gradient, None
+            if gradient is None:  # an earlier backward of the same graph used it up
+                gradient = backends.namespace(ctx.backend).dependence(rows, *constant, *ctx.options)[1]
+            batched = transformed() or torch._C._functorch.is_legacy_batchedtensor(upstream)
+            gradient = gradient * upstream if batched else gradient.mul_(upstream)
         return gradient, None, None, None, None, None, None
-
-
-def _unscaled(ctx: Any, rows: Tensor, *constant: Any) -> Tensor:
-    """The gradient of :class:`DependenceFunction` that was saved; computed again if an earlier backward used it up."""
-    if len(constant) > 3:
-        return constant[3]
-    if ctx.gradient is None:
-        return backends.namespace(ctx.backend).dependence(rows, *constant, *ctx.options)[1]
-    return ctx.gradient
 
 
 class IoUPenaltyFunction(torch.autograd.Function):
