@@ -53,6 +53,16 @@ auto dispatch_floating(ScalarType dtype, F&& function) {
   }
 }
 
+// Calls function(A{}) with the C++ type of the sums; half precision is widened before it comes here.
+template <class F>
+auto dispatch_accumulate(const Tensor& sums, F&& function) {
+  if (sums.scalar_type() == ScalarType::Double) return function(double{});
+  STD_TORCH_CHECK(sums.scalar_type() == ScalarType::Float, "classfair: expected float32 or float64");
+  return function(float{});
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // A new contiguous tensor on the device of `like`. torch::stable::new_empty goes through the boxed dispatcher, which
 // costs three times as much; nine outputs a call make that 10 microseconds.
 template <std::size_t kDims>
@@ -65,6 +75,11 @@ Tensor allocate(const Tensor& like, const std::array<int64_t, kDims>& sizes, Sca
       kDims, sizes.data(), strides.data(), torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
       static_cast<int32_t>(like.device().type()), like.get_device_index(), &handle));
   return Tensor(handle);
+}
+
+template <class T>
+T* data(const Tensor& tensor) {
+  return tensor.numel() == 0 ? nullptr : static_cast<T*>(tensor.data_ptr());
 }
 
 // Data of an optional tensor, null where it is absent.

@@ -17,11 +17,6 @@ using torch::stable::parallel_for;
 
 constexpr int64_t kGrainElements = 1 << 15;  // of features, below which a second thread does not pay
 
-template <class V>
-V* data(const Tensor& t) {
-  return t.numel() == 0 ? nullptr : static_cast<V*>(t.data_ptr());
-}
-
 template <class T>
 MomentKernels<T> moment_kernels() {
 #if defined(__x86_64__)

@@ -24,20 +24,6 @@ PenaltyKernels<A> penalty_kernels() {
   return baseline::penalty_kernels<A>();
 }
 
-template <class F>
-void dispatch_accumulate(const Tensor& sums, F&& function) {
-  if (sums.scalar_type() == ScalarType::Double) return function(double{});
-  STD_TORCH_CHECK(sums.scalar_type() == ScalarType::Float, "fairness: expected float32 or float64");
-  function(float{});
-}
-
-template <class T>
-T* data(const Tensor& t) {
-  return t.numel() == 0 ? nullptr : static_cast<T*>(t.data_ptr());
-}
-
-int64_t column_blocks(int64_t C) { return (C + kPenaltyColumns - 1) / kPenaltyColumns; }
-
 // Neighbouring rows of one label, or all groups.
 struct Segment {
   int64_t first, rows;
@@ -139,7 +125,7 @@ A iou_slopes(const std::vector<A>& iou, const std::vector<A>& classes, const std
 }
 
 std::tuple<Tensor, Tensor, Tensor> iou_penalty_cpu(Tensor mass, Tensor hit, Tensor count, bool paired, bool skip) {
-  const int64_t G = count.size(0), C = count.size(1), blocks = column_blocks(C);
+  const int64_t G = count.size(0), C = count.size(1), blocks = ceil_div(C, kPenaltyColumns);
   Tensor value = allocate<0>(mass, {}, mass.scalar_type());
   Tensor grad_mass = allocate<2>(mass, {G, C}, mass.scalar_type());
   Tensor grad_hit = allocate<2>(mass, {G, C}, mass.scalar_type());

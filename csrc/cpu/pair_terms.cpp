@@ -15,8 +15,6 @@ namespace {
 
 using torch::stable::parallel_for;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 template <class A>
 PairKernels<A> pair_kernels() {
 #if defined(__x86_64__)
@@ -24,14 +22,6 @@ PairKernels<A> pair_kernels() {
   if (selected_isa() == Isa::kAvx2) return avx2::pair_kernels<A>();
 #endif
   return baseline::pair_kernels<A>();
-}
-
-// Calls function(A{}) with the C++ type of the weight; half precision is widened before it comes here.
-template <class F>
-auto dispatch_accumulate(const Tensor& weight, F&& function) {
-  if (weight.scalar_type() == ScalarType::Double) return function(double{});
-  STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Float, "pair_terms: expected float32 or float64");
-  return function(float{});
 }
 
 template <class A>
@@ -49,11 +39,6 @@ Tensor zeros(const Tensor& like, int64_t rows, int64_t columns) {
   Tensor t = allocate<2>(like, {rows, columns}, like.scalar_type());
   std::memset(t.data_ptr(), 0, t.numel() * t.element_size());
   return t;
-}
-
-template <class A>
-A* data(const Tensor& t) {
-  return t.numel() == 0 ? nullptr : static_cast<A*>(t.data_ptr());
 }
 
 std::tuple<Tensor, Tensor> pair_terms_fwd_cpu(Tensor weight, OptionalTensor cov, Tensor label, Tensor num_slots,

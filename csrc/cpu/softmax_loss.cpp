@@ -20,11 +20,6 @@ namespace {
 using torch::stable::empty_like;
 using torch::stable::parallel_for;
 
-template <class A>
-A* data(const Tensor& t) {
-  return t.numel() == 0 ? nullptr : static_cast<A*>(t.data_ptr());
-}
-
 template <class T>
 Rows<T> rows_view(const Tensor& t) {
   if (t.dim() == 2) return {static_cast<T*>(t.data_ptr()), 1, t.stride(0), t.stride(1), 0};
@@ -206,7 +201,7 @@ template <class T>
 void sum_statistics(const Forward<T>& f, const Units& units, acc_t<T>* mass, acc_t<T>* hit, int64_t* counts) {
   constexpr int64_t kColumns = 4096;
   const Inputs<T>& in = f.in;
-  const int64_t tasks = (units.size + kColumns - 1) / kColumns + 1;  // of a unit: blocks of mass, and the rest
+  const int64_t tasks = ceil_div(units.size, kColumns) + 1;  // of a unit: blocks of mass, and the rest
   parallel_for(0, tasks * units.count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t unit = task / tasks, block = task % tasks, first = block * kColumns, offset = unit * units.size;

@@ -44,7 +44,7 @@ struct Inputs {
   int64_t chunk_rows;    // rows per chunk; never depends on the number of threads
 
   bool perturbed() const { return offset != nullptr || margin != nullptr || pair != nullptr; }
-  int64_t chunks() const { return (rows + chunk_rows - 1) / chunk_rows; }
+  int64_t chunks() const { return ceil_div(rows, chunk_rows); }
   int64_t visited(int64_t position) const { return order ? order[position] : position; }
 };
 

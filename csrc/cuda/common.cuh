@@ -11,8 +11,6 @@ namespace classfair {
 constexpr int kWarp = 32;
 constexpr int kThreads = 256;  // of a block, where nothing else is said
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // a / b for a >= 0, b > 0; the 64-bit division that is rarely needed costs five times as much.
 __device__ inline int64_t divide(int64_t a, int64_t b) {
   return (a | b) >> 32 == 0 ? static_cast<int64_t>(static_cast<uint32_t>(a) / static_cast<uint32_t>(b)) : a / b;
@@ -97,19 +95,6 @@ __device__ inline int64_t lower_bound(const int64_t* sorted, int64_t size, int64
     size = right ? size - half - 1 : half;
   }
   return begin;
-}
-
-template <class T>
-T* data(const Tensor& tensor) {
-  return tensor.numel() == 0 ? nullptr : static_cast<T*>(tensor.data_ptr());
-}
-
-// Calls function(A{}) with the C++ type of the sums; half precision is widened before it comes here.
-template <class F>
-auto dispatch_accumulate(const Tensor& sums, F&& function) {
-  if (sums.scalar_type() == ScalarType::Double) return function(double{});
-  STD_TORCH_CHECK(sums.scalar_type() == ScalarType::Float, "classfair: expected float32 or float64");
-  return function(float{});
 }
 
 inline Tensor new_int64(const Tensor& like, int64_t size) { return allocate<1>(like, {size}, ScalarType::Long); }
