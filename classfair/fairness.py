@@ -7,7 +7,9 @@ is taken of them: it then is that of the whole batch.
 Source: Hänel et al. 2022, "Enhancing fairness of visual attribute predictors" (FVAP).
 """
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +19,8 @@ from torch import Tensor
 from classfair import _validate as check
 from classfair import backends, reference
 from classfair.ops.fairness import dependence, iou_penalty
+from classfair.ops.label_index import Cells
+from classfair.ops.reduced_loss import Term
 from classfair.statistics import BatchStats
 
 EMPTY = ("skip", "zero", "nan")
@@ -221,6 +225,29 @@ def iou_loss(
     if empty == "skip":
         return value
     return _where_empty(value, count.sum(1) == 0 if empty == "zero" else count == 0, empty)
+
+
+def own_term(penalty: Callable[[BatchStats], Tensor], weight: float, cells: Cells | None) -> Term | None:
+    """``weight`` times the penalty as a term that the loss's operator computes, or None where it cannot.
+
+    It cannot with options other than ``kind`` and ``weighted``, nor over several processes. What is wrong with a
+    penalty it says itself when it is called.
+    """
+    if dist.is_available() and dist.is_initialized():
+        return None
+    function, options = penalty, {}
+    if isinstance(penalty, partial) and not penalty.args:
+        function, options = penalty.func, penalty.keywords
+    if function is iou_loss and not options:
+        return Term("iou", weight)
+    kind, weighted = options.get("kind", "l2"), options.get("weighted", False)
+    if kind not in KINDS or weighted not in (False, True):
+        return None
+    if function is demographic_parity_loss and options.keys() <= {"kind"}:
+        return Term(kind, weight)
+    if function is equalized_odds_loss and options.keys() <= {"kind", "weighted"} and cells is not None:
+        return Term(kind, weight, weighted, cells.key, cells.num_cells)
+    return None
 
 
 class GroupIoU(NamedTuple):

@@ -1,6 +1,7 @@
 """Cross-entropy with everything the fused primitive knows: ``cross_entropy`` and ``cross_entropy_with_stats``."""
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -8,7 +9,9 @@ from torch import Tensor
 
 from classfair import _validate as check
 from classfair import backends
+from classfair.fairness import own_term
 from classfair.ops.label_index import Cells, contested_cells, label_index
+from classfair.ops.reduced_loss import NO_TERM, Term, reduced_loss, serves
 from classfair.ops.softmax_loss import (
     STATS_DIFFERENTIABLE,
     STATS_VALUES,
@@ -162,13 +165,19 @@ def _prepare(
     return _Problem(logits, rows_shape, arguments, two_pass)
 
 
-def _run(problem: _Problem, target: Any, reduction: str, backend: str) -> SoftmaxLoss:
+def _rows_to_come(target: Any) -> bool:
+    """Whether terms of single rows are still to come: where probabilities receive gradient."""
+    return isinstance(target, Tensor) and target.requires_grad
+
+
+def _run(problem: _Problem, target: Any, reduction: str, backend: str, term: Term = NO_TERM) -> SoftmaxLoss:
+    """``term``: of the statistics, for the loss to take along where its operator :func:`serves`."""
     if problem.mixed is None:
-        # Terms of single rows are still to come where probabilities receive gradient.
-        rows = isinstance(target, Tensor) and target.requires_grad
-        return softmax_loss(
-            problem.logits, **problem.arguments, reduction="none" if rows else reduction, backend=backend
-        )
+        once = "none" if _rows_to_come(target) else reduction
+        arguments = {"logits": problem.logits, **problem.arguments, "reduction": once, "backend": backend}
+        if serves(problem.logits, once, backend):
+            return reduced_loss(term, **arguments)
+        return softmax_loss(**arguments)
     # The pair row and the margin of each label perturb the logits in their own way: a pass for each label, the larger
     # share first because it is the one that the integer statistics count.
     y_a, y_b, lam = problem.mixed
@@ -193,7 +202,7 @@ def _loss(problem: _Problem, out: SoftmaxLoss, target: Any, reduction: str) -> T
     """The loss as the user asked for it."""
     loss = out.loss
     if loss.dim() == 1:
-        if isinstance(target, Tensor) and target.requires_grad:
+        if _rows_to_come(target):
             loss = loss + _soft_target_term(problem, target)
         loss = reduce_rows(loss, out.total_weight, problem.arguments["label_smoothing"], reduction)
     return loss.view(problem.rows_shape) if reduction == "none" else loss
@@ -313,6 +322,8 @@ def cross_entropy_with_stats(
     joint: bool | str = False,
     confusion: bool = False,
     differentiable: bool = True,
+    penalty: Callable[[BatchStats], Tensor] | None = None,
+    penalty_weight: float = 1.0,
     backend: str | None = None,
 ) -> tuple[Tensor, BatchStats]:
     """:func:`cross_entropy` and the :class:`BatchStats` of the same pass over the logits.
@@ -331,11 +342,16 @@ def cross_entropy_with_stats(
             with several processes it needs all, because another process may have a label in another group.
         confusion: also return the (C, C) confusion matrix; refused above 4096 classes.
         differentiable: False for monitoring: same values, no gradient, no cost in backward.
+        penalty: a function of the statistics whose value, a scalar, is added to a reduced loss: :func:`iou_loss`,
+            ``functools.partial(equalized_odds_loss, kind="mi")``, one of your own. The same as adding it yourself, but
+            the group penalties of this library are then computed with the loss, which saves a small batch a good part
+            of their cost.
+        penalty_weight: what the penalty is multiplied with.
 
     Returns:
-        The loss as :func:`cross_entropy`, and the statistics.
+        The loss as :func:`cross_entropy`, plus ``penalty_weight * penalty(stats)``; and the statistics.
 
-    Gradients: as :func:`cross_entropy`, and into ``logits`` from ``mass``, ``hit`` and ``joint.rows``.
+    Gradients: as :func:`cross_entropy`, and into ``logits`` from ``mass``, ``hit``, ``joint.rows`` and the penalty.
     Determinism: bitwise, for any number of threads.
 
     Raises:
@@ -364,6 +380,8 @@ def cross_entropy_with_stats(
         label,
     )
     check.check_choice(function, "joint", joint, (False, True, "contested"))
+    if penalty is not None:
+        _check_penalty(function, penalty, penalty_weight, reduction)
     _check_statistics(function, problem, target, group, num_groups, label, confusion)
     arguments = problem.arguments
     groups = 1 if num_groups is None else num_groups
@@ -377,7 +395,10 @@ def cross_entropy_with_stats(
     if joint:
         cells = _cells(counted_label, problem, groups, joint == "contested", backend)
         arguments |= {"cell": cells.slot, "num_cells": cells.key.shape[0]}
-    out = _run(problem, target, reduction, backend)
+    term = None
+    if penalty is not None and _takes_term(problem, target, reduction, differentiable, backend):
+        term = own_term(penalty, penalty_weight, cells)
+    out = _run(problem, target, reduction, backend, term or NO_TERM)
     prediction = _given(out.prediction)
     stats = BatchStats.of_pass(
         _given(out.mass),
@@ -388,7 +409,23 @@ def cross_entropy_with_stats(
         contested=joint == "contested",
         confusion=_confusion(problem, out, counted_label, groups) if confusion else None,
     )
-    return _loss(problem, out, target, reduction), stats
+    loss = _loss(problem, out, target, reduction)
+    if penalty is not None and term is None:
+        loss = torch.add(loss, penalty(stats), alpha=penalty_weight)
+    return loss, stats
+
+
+def _takes_term(problem: _Problem, target: Any, reduction: str, differentiable: bool, backend: str) -> bool:
+    once = problem.mixed is None and not _rows_to_come(target)
+    return differentiable and once and serves(problem.logits, reduction, backend)
+
+
+def _check_penalty(function: str, penalty: Any, weight: Any, reduction: str) -> None:
+    if not callable(penalty):
+        raise TypeError(f"{function}: expected penalty as a function of BatchStats, got {type(penalty).__name__}")
+    check.check_number(function, "penalty_weight", weight)
+    if reduction == "none":
+        raise ValueError(f"{function}: expected reduction 'mean' or 'sum' with penalty, got 'none'")
 
 
 def _counted_label(arguments: dict[str, Any]) -> Tensor:  # (R,)

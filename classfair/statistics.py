@@ -13,6 +13,7 @@ from classfair import _processes as processes
 from classfair import _validate as check
 from classfair.ops._autograd import transformed
 from classfair.ops.label_index import label_index
+from classfair.ops.softmax_loss import count_table
 
 
 class JointRows(NamedTuple):
@@ -104,11 +105,7 @@ class BatchStats:
         if counts is None or name not in _VIEWS:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         shape, position = self.mass.shape, _VIEWS.index(name)
-        cells = shape.numel()
-        if position < 3:  # one operator; a slice and a view would be two
-            view = counts.as_strided(shape, (shape[1], 1), counts.storage_offset() + position * cells)
-        else:
-            view = counts[3 * cells + position - 3]
+        view = count_table(counts, shape, position) if position < 3 else counts[3 * shape.numel() + position - 3]
         if not transformed():  # whose tensors must not outlive them
             self.__dict__[name] = view
         return view

@@ -405,6 +405,9 @@ def _rank(rank, splits, path, results):
         (gradient,) = torch.autograd.grad(value, z)
         again = penalty(stats.all_reduce())
         local = penalty(stats, sync=False)
+        options = {"group": group[part], "num_groups": 3, "joint": True, "reduction": "sum"}
+        taken, _ = cross_entropy_with_stats(z, target[part], penalty=penalty, **options)  # is of all processes, too
+        assert (taken - cross_entropy_with_stats(z, target[part], **options)[0]).item() == pytest.approx(value.item())
         results[rank, name] = (value.item(), gradient / len(splits), again.item(), local.item())
     torch.func.grad(lambda z: iou_loss(statistics(z, target[part], group[part])))(logits[part])  # transforms, too
     with pytest.raises(ValueError, match="expected statistics of this process, got those of all"):

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import Function
 
 
@@ -14,6 +15,12 @@ def transformed() -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
     )
+
+
+def scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
+    """``gradient * upstream``, in place where it can be: nobody else may hold ``gradient``."""
+    batched = transformed() or torch._C._functorch.is_legacy_batchedtensor(upstream)
+    return gradient * upstream if batched else gradient.mul_(upstream)
 
 
 def quick_apply(function: type[Function], *, first_only: bool = False) -> Callable[..., Any]:

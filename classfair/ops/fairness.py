@@ -11,7 +11,7 @@ from torch import Tensor
 
 from classfair import backends, reference
 from classfair.ops import _library
-from classfair.ops._autograd import quick_apply, transformed
+from classfair.ops._autograd import quick_apply, scaled, transformed
 
 
 def _dependence_fake(rows: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -73,8 +73,7 @@ class DependenceFunction(torch.autograd.Function):
             gradient, ctx.gradient = ctx.gradient, None
             if gradient is None:  # an earlier backward of the same graph used it up
                 gradient = backends.namespace(ctx.backend).dependence(rows, *constant, *ctx.options)[1]
-            batched = transformed() or torch._C._functorch.is_legacy_batchedtensor(upstream)
-            gradient = gradient * upstream if batched else gradient.mul_(upstream)
+            gradient = scaled(gradient, upstream)
         return gradient, None, None, None, None, None, None
 
 

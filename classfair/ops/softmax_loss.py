@@ -1,5 +1,6 @@
 """``softmax_loss``: one pass over the logits for per-sample losses and differentiable batch statistics."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -11,16 +12,17 @@ from classfair.ops._autograd import quick_apply
 
 STATS_NONE, STATS_VALUES, STATS_DIFFERENTIABLE = 0, 1, 2
 
-_TENSORS = (
+TENSORS = (
     "Tensor logits, Tensor? offset, Tensor? margin, Tensor? pair, Tensor? target, Tensor? target_b,"
     " Tensor? mix, Tensor? soft_target, Tensor? slot, Tensor? weight, Tensor? group, Tensor? cell"
 )
-_SCALARS = (
+SCALARS = (
     "int num_groups, int num_cells, int num_classes, int class_start, int ignore_index,"
     " float label_smoothing, float gamma, int stats"
 )
-_NUM_TENSORS, _NUM_SCALARS = 12, 8
-_NO_GRADIENT = (None,) * (_NUM_TENSORS - 4 + _NUM_SCALARS + 2)  # of inputs after the four differentiable ones
+NUM_TENSORS, NUM_SCALARS = 12, 8
+NUM_SAVED = NUM_TENSORS + 3  # the tensors, lse, lse_raw and total_weight
+_NO_GRADIENT = (None,) * (NUM_TENSORS - 4 + NUM_SCALARS + 2)  # of inputs after the four differentiable ones
 
 
 class SoftmaxLoss(NamedTuple):
@@ -87,18 +89,24 @@ def _bwd_fake(
 
 
 _library.define(
-    f"softmax_loss_fwd({_TENSORS}, Tensor? lse_in, Tensor? lse_raw_in, {_SCALARS})"
+    f"softmax_loss_fwd({TENSORS}, Tensor? lse_in, Tensor? lse_raw_in, {SCALARS})"
     " -> (Tensor loss, Tensor lse, Tensor lse_raw, Tensor prediction, Tensor mass, Tensor hit,"
     " Tensor joint, Tensor counts, Tensor total_weight)",
     _fwd_fake,
 )
 _library.define(
     "softmax_loss_bwd(Tensor? grad_loss, Tensor? grad_lse, Tensor? grad_mass, Tensor? grad_hit,"
-    f" Tensor? grad_joint, {_TENSORS}, Tensor lse, Tensor lse_raw, {_SCALARS},"
+    f" Tensor? grad_joint, {TENSORS}, Tensor lse, Tensor lse_raw, {SCALARS},"
     " bool want_offset, bool want_margin, bool want_pair)"
     " -> (Tensor grad_logits, Tensor grad_offset, Tensor grad_margin, Tensor grad_pair)",
     _bwd_fake,
 )
+
+
+def count_table(counts: Tensor, shape: torch.Size, position: int) -> Tensor:
+    """(G, C) view of one of the tables in ``counts``: of count, correct and predicted the one at ``position``."""
+    # One operator; a slice and a view would be two.
+    return counts.as_strided(shape, (shape[1], 1), counts.storage_offset() + position * shape.numel())
 
 
 def mean_denominator(total_weight: Tensor, label_smoothing: float) -> Tensor:
@@ -177,14 +185,14 @@ class SoftmaxLossFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
         _, lse, total_weight, *statistics = output
-        ctx.scalars, (ctx.reduction, ctx.backend) = inputs[_NUM_TENSORS:-2], inputs[-2:]
+        ctx.scalars, (ctx.reduction, ctx.backend) = inputs[NUM_TENSORS:-2], inputs[-2:]
         ctx.set_materialize_grads(False)
         if not statistics:
-            ctx.save_for_backward(*inputs[:_NUM_TENSORS], lse, lse, total_weight)
+            ctx.save_for_backward(*inputs[:NUM_TENSORS], lse, lse, total_weight)
             ctx.mark_non_differentiable(total_weight)
             return
         lse_raw, prediction, mass, hit, joint, counts = statistics
-        ctx.save_for_backward(*inputs[:_NUM_TENSORS], lse, lse_raw, total_weight)
+        ctx.save_for_backward(*inputs[:NUM_TENSORS], lse, lse_raw, total_weight)
         constant = [total_weight, lse_raw, prediction, counts]
         if ctx.scalars[-1] != STATS_DIFFERENTIABLE:
             constant += [mass, hit, joint]
@@ -192,19 +200,24 @@ class SoftmaxLossFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple:
+        return SoftmaxLossFunction.pull_back(ctx, ctx.saved_tensors, grads)
+
+    @staticmethod
+    def pull_back(ctx: Any, saved_tensors: tuple, grads: tuple) -> tuple:
+        """Gradients of the inputs from those of the outputs and what :meth:`setup_context` saves."""
         grad_loss, grad_lse = grads[:2]
-        *saved, total_weight = ctx.saved_tensors
+        *saved, total_weight = saved_tensors
         if grad_loss is not None and ctx.reduction != "none":
             if ctx.reduction == "mean":
                 grad_loss = grad_loss / mean_denominator(total_weight, ctx.scalars[5])
             grad_loss = grad_loss.expand(saved[-2].shape[0])  # (R,), as lse
         statistics: tuple = (None, None, None)
         if ctx.scalars[-1] == STATS_DIFFERENTIABLE:
-            statistics = tuple(map(_contiguous, grads[5:8]))
+            statistics = tuple(map(contiguous, grads[5:8]))
         needs = ctx.needs_input_grad
         arguments = (
             grad_loss,
-            _contiguous(grad_lse),
+            contiguous(grad_lse),
             *statistics,
             *saved,
             *ctx.scalars,
@@ -215,7 +228,12 @@ class SoftmaxLossFunction(torch.autograd.Function):
             result = SoftmaxLossBackward.apply(*arguments, ctx.backend)
         else:
             result = backends.namespace(ctx.backend).softmax_loss_bwd(*arguments)
-        differentiable = [g if need else None for g, need in zip(result, needs, strict=False)]
+        return SoftmaxLossFunction.gradients(ctx, result)
+
+    @staticmethod
+    def gradients(ctx: Any, result: tuple[Tensor, ...]) -> tuple:
+        """Of all inputs, from what the operator returns."""
+        differentiable = [g if need else None for g, need in zip(result, ctx.needs_input_grad, strict=False)]
         return (*differentiable, *_NO_GRADIENT)
 
 
@@ -232,7 +250,7 @@ class SoftmaxLossBackward(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        last = SoftmaxLossBackward._num_upstream + _NUM_TENSORS
+        last = SoftmaxLossBackward._num_upstream + NUM_TENSORS
         ctx.save_for_backward(*inputs[:last])
         ctx.scalars, ctx.wants = inputs[last + 2 : -4], inputs[-4:-1]
         ctx.num_inputs = len(inputs)
@@ -267,7 +285,7 @@ class SoftmaxLossBackward(torch.autograd.Function):
 _apply = quick_apply(SoftmaxLossFunction)
 
 
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
+def contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
@@ -293,13 +311,15 @@ def softmax_loss(
     stats: int = STATS_NONE,
     reduction: str = "none",
     backend: str = "reference",
+    apply: Callable[..., Any] = _apply,
 ) -> SoftmaxLoss:
     """The primitive itself, unchecked; :func:`classfair.cross_entropy` is the safe way in.
 
     Floating inputs other than ``logits`` are float32 (float64 for float64 logits); all but ``logits`` and
     ``soft_target`` are contiguous. ``pair`` rows are taken by ``slot``, or by label where ``slot`` is None; with
     ``target_b`` there is neither ``pair`` nor ``margin``. With ``soft_target``, ``target`` serves the statistics
-    only. ``mix`` without ``target_b`` scales the row's loss and hit.
+    only. ``mix`` without ``target_b`` scales the row's loss and hit. ``apply``: of :class:`SoftmaxLossFunction`, or of
+    one that adds to its loss.
 
     Gradients: ``logits``, ``offset``, ``margin``, ``pair``; from ``loss``, ``lse`` and, with ``stats=2``, from
     ``mass``, ``hit`` and ``joint``. Every order. Determinism: bitwise, any number of threads.
@@ -310,4 +330,4 @@ def softmax_loss(
         loss, lse, *statistics, total_weight = reference.softmax_loss(*tensors, *scalars)
         loss = reduce_rows(loss, total_weight, label_smoothing, reduction)
         return SoftmaxLoss(loss, lse, total_weight, *(statistics if stats else ()))
-    return SoftmaxLoss(*_apply(*tensors, *scalars, reduction, backend))
+    return SoftmaxLoss(*apply(*tensors, *scalars, reduction, backend))

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu/isa.h"
+#include "cpu/ops.h"
 
 namespace classfair {
 
@@ -35,9 +36,9 @@ struct Partition {
   std::vector<int64_t> samples;  // (M,), 0 in unused rows
   int64_t total;
 
-  Partition(int64_t M, const Tensor& count, const OptionalTensor& cell, const OptionalTensor& num_cells)
+  Partition(int64_t M, const CountTable& count, const OptionalTensor& cell, const OptionalTensor& num_cells)
       : samples(M, 0) {
-    const int64_t G = count.size(0), C = count.size(1), *n = data<int64_t>(count);
+    const int64_t G = count.G, C = count.C, *n = count.data;
     total = std::accumulate(n, n + G * C, int64_t(0));
     if (!cell.has_value()) {
       segments.push_back({0, M});
@@ -86,24 +87,6 @@ void segment_penalty(const Partition& part, const Segment& segment, int64_t C, c
                                     static_cast<A>(size), weight, begin, std::min(begin + kPenaltyColumns, C)});
 }
 
-std::tuple<Tensor, Tensor> dependence_cpu(Tensor rows, Tensor count, OptionalTensor cell, OptionalTensor num_cells,
-                                          bool mutual_information, bool weighted) {
-  const int64_t M = rows.size(0), C = rows.size(1);
-  Tensor parts = allocate<1>(rows, {M}, rows.scalar_type());
-  Tensor grad_rows = allocate<2>(rows, {M, C}, rows.scalar_type());
-  const Partition part(M, count, cell, num_cells);
-  dispatch_accumulate(rows, [&](auto tag) {
-    using A = decltype(tag);
-    parallel_for(0, static_cast<int64_t>(part.segments.size()), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t s = begin; s < end; ++s) {
-        segment_penalty(part, part.segments[s], C, data<A>(rows), mutual_information, weighted, data<A>(parts),
-                        data<A>(grad_rows));
-      }
-    });
-  });
-  return {parts, grad_rows};
-}
-
 // The penalty of the means of IoU, and its derivatives in their sums (G + 1,): groups, then all.
 template <class A>
 A iou_slopes(const std::vector<A>& iou, const std::vector<A>& classes, const std::vector<bool>& there, bool paired,
@@ -124,20 +107,51 @@ A iou_slopes(const std::vector<A>& iou, const std::vector<A>& classes, const std
   return value;
 }
 
+CountTable count_table(const Tensor& count) { return {data<int64_t>(count), count.size(0), count.size(1)}; }
+
+std::tuple<Tensor, Tensor> dependence_cpu(Tensor rows, Tensor count, OptionalTensor cell, OptionalTensor num_cells,
+                                          bool mutual_information, bool weighted) {
+  return dependence(rows, count_table(count), cell, num_cells, mutual_information, weighted);
+}
+
 std::tuple<Tensor, Tensor, Tensor> iou_penalty_cpu(Tensor mass, Tensor hit, Tensor count, bool paired, bool skip) {
-  const int64_t G = count.size(0), C = count.size(1), blocks = ceil_div(C, kPenaltyColumns);
+  return iou_penalty(mass, hit, count_table(count), paired, skip);
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> dependence(const Tensor& rows, const CountTable& count, const OptionalTensor& cell,
+                                      const OptionalTensor& num_cells, bool mutual_information, bool weighted) {
+  const int64_t M = rows.size(0), C = rows.size(1);
+  Tensor parts = allocate<1>(rows, {M}, rows.scalar_type());
+  Tensor grad_rows = allocate<2>(rows, {M, C}, rows.scalar_type());
+  const Partition part(M, count, cell, num_cells);
+  dispatch_accumulate(rows, [&](auto tag) {
+    using A = decltype(tag);
+    parallel_for(0, static_cast<int64_t>(part.segments.size()), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t s = begin; s < end; ++s) {
+        segment_penalty(part, part.segments[s], C, data<A>(rows), mutual_information, weighted, data<A>(parts),
+                        data<A>(grad_rows));
+      }
+    });
+  });
+  return {parts, grad_rows};
+}
+
+std::tuple<Tensor, Tensor, Tensor> iou_penalty(const Tensor& mass, const Tensor& hit, const CountTable& count,
+                                               bool paired, bool skip) {
+  const int64_t G = count.G, C = count.C, blocks = ceil_div(C, kPenaltyColumns);
   Tensor value = allocate<0>(mass, {}, mass.scalar_type());
   Tensor grad_mass = allocate<2>(mass, {G, C}, mass.scalar_type());
   Tensor grad_hit = allocate<2>(mass, {G, C}, mass.scalar_type());
   std::vector<bool> there(G);
   for (int64_t g = 0; g < G; ++g) {
-    const int64_t* n = data<int64_t>(count) + g * C;
+    const int64_t* n = count.data + g * C;
     there[g] = std::any_of(n, n + C, [](int64_t samples) { return samples > 0; });
   }
   dispatch_accumulate(mass, [&](auto tag) {
     using A = decltype(tag);
-    const IouInputs<A> in{data<A>(mass), data<A>(hit),       data<int64_t>(count), G, C,
-                          skip,          data<A>(grad_mass), data<A>(grad_hit)};
+    const IouInputs<A> in{data<A>(mass), data<A>(hit), count.data, G, C, skip, data<A>(grad_mass), data<A>(grad_hit)};
     const PenaltyKernels<A> kernels = penalty_kernels<A>();
     std::vector<A> partial(2 * blocks * (G + 1)), iou(G + 1, A(0)), classes(G + 1, A(0)), slope(G + 1, A(0));
     const auto sums = [&](int64_t block) {
@@ -157,8 +171,6 @@ std::tuple<Tensor, Tensor, Tensor> iou_penalty_cpu(Tensor mass, Tensor hit, Tens
   });
   return {value, grad_mass, grad_hit};
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(classfair_native, CPU, m) {
   m.impl("dependence", TORCH_BOX(&dependence_cpu));

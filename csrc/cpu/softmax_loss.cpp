@@ -12,6 +12,7 @@
 #include <tuple>
 
 #include "cpu/isa.h"
+#include "cpu/ops.h"
 
 namespace classfair {
 
@@ -44,14 +45,7 @@ RowKernels<T> row_kernels() {
   return baseline::row_kernels<T>();
 }
 
-// The scalars and tensors that both passes take.
-struct Arguments {
-  const Tensor& logits;
-  const OptionalTensor &offset, &margin, &pair, &target, &target_b, &mix, &soft_target, &slot, &weight, &group, &cell;
-  int64_t num_groups, num_cells, ignore_index;
-  double label_smoothing, gamma;
-  int64_t stats;
-};
+using Arguments = SoftmaxLossArguments;
 
 template <class T>
 Inputs<T> make_inputs(const Arguments& a) {
@@ -216,10 +210,8 @@ void sum_statistics(const Forward<T>& f, const Units& units, acc_t<T>* mass, acc
   rows[1] = std::accumulate(f.chunk_nonfinite, f.chunk_nonfinite + in.chunks(), int64_t(0));
 }
 
-using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
 template <class T>
-ForwardResult forward(const Arguments& a) {
+SoftmaxLossResult forward(const Arguments& a) {
   using A = acc_t<T>;
   Forward<T> f{};
   f.in = make_inputs<T>(a);
@@ -276,31 +268,26 @@ ForwardResult forward(const Arguments& a) {
   return {loss, lse, lse_raw, prediction, mass, hit, joint_rows, counts, total_weight};
 }
 
-using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-
-struct Upstream {
-  const OptionalTensor &loss, &lse, &mass, &hit, &joint;
-};
-
 template <class T>
-BackwardResult backward(const Upstream& up, const Arguments& a, const Tensor& lse, const Tensor& lse_raw,
-                        bool want_offset, bool want_margin, bool want_pair) {
+SoftmaxLossGradients backward(const SoftmaxLossUpstream& up, const Arguments& a, const SoftmaxLossSaved& saved) {
   using A = acc_t<T>;
   Backward<T> b{};
   b.in = make_inputs<T>(a);
   const Inputs<T>& in = b.in;
   constexpr ScalarType acc = scalar_type_of<A>();
+  const auto& [lse, lse_raw, want_offset, want_margin, want_pair] = saved;
   Tensor grad_logits = empty_like(a.logits);
   Tensor grad_offset = allocate<1>(a.logits, {want_offset ? in.C : 0}, acc);
   Tensor grad_margin = zeros<1>(a.logits, {want_margin ? in.C : 0}, acc);
   Tensor grad_pair = zeros<2>(a.logits, {want_pair ? in.pair_rows : 0, want_pair ? in.C : 0}, acc);
 
-  b.grad_loss = optional_data<A>(up.loss);
-  b.grad_loss_stride = up.loss.has_value() ? up.loss->stride(0) : 0;
+  b.grad_loss = static_cast<const A*>(up.loss);
+  b.grad_loss_stride = up.loss_stride;
   b.grad_lse = optional_data<double>(up.lse);
   b.grad_mass = optional_data<A>(up.mass);
   b.grad_hit = optional_data<A>(up.hit);
   b.grad_joint = optional_data<A>(up.joint);
+  b.statistics_scale = static_cast<A>(up.statistics_scale);
   b.lse = data<double>(lse);
   b.lse_raw = lse_raw.numel() ? data<double>(lse_raw) : b.lse;
   b.grad_logits = rows_view<T>(grad_logits);
@@ -335,42 +322,50 @@ BackwardResult backward(const Upstream& up, const Arguments& a, const Tensor& ls
   return {grad_logits, grad_offset, grad_margin, grad_pair};
 }
 
-ForwardResult softmax_loss_fwd_cpu(Tensor logits, OptionalTensor offset, OptionalTensor margin, OptionalTensor pair,
-                                   OptionalTensor target, OptionalTensor target_b, OptionalTensor mix,
-                                   OptionalTensor soft_target, OptionalTensor slot, OptionalTensor weight,
-                                   OptionalTensor group, OptionalTensor cell, OptionalTensor lse_in,
-                                   OptionalTensor lse_raw_in, int64_t num_groups, int64_t num_cells,
-                                   int64_t num_classes, int64_t class_start, int64_t ignore_index,
-                                   double label_smoothing, double gamma, int64_t stats) {
+SoftmaxLossResult softmax_loss_fwd_cpu(Tensor logits, OptionalTensor offset, OptionalTensor margin, OptionalTensor pair,
+                                       OptionalTensor target, OptionalTensor target_b, OptionalTensor mix,
+                                       OptionalTensor soft_target, OptionalTensor slot, OptionalTensor weight,
+                                       OptionalTensor group, OptionalTensor cell, OptionalTensor lse_in,
+                                       OptionalTensor lse_raw_in, int64_t num_groups, int64_t num_cells,
+                                       int64_t num_classes, int64_t class_start, int64_t ignore_index,
+                                       double label_smoothing, double gamma, int64_t stats) {
   STD_TORCH_CHECK(!lse_in && !lse_raw_in && class_start == 0 && num_classes == logits.size(1),
                   "softmax_loss: class shards are not supported yet");
   const Arguments a{logits, offset, margin, pair, target,     target_b,  mix,          soft_target,
                     slot,   weight, group,  cell, num_groups, num_cells, ignore_index, label_smoothing,
                     gamma,  stats};
-  return dispatch_floating(logits.scalar_type(), [&](auto tag) { return forward<decltype(tag)>(a); });
+  return softmax_loss(a);
 }
 
-BackwardResult softmax_loss_bwd_cpu(OptionalTensor grad_loss, OptionalTensor grad_lse, OptionalTensor grad_mass,
-                                    OptionalTensor grad_hit, OptionalTensor grad_joint, Tensor logits,
-                                    OptionalTensor offset, OptionalTensor margin, OptionalTensor pair,
-                                    OptionalTensor target, OptionalTensor target_b, OptionalTensor mix,
-                                    OptionalTensor soft_target, OptionalTensor slot, OptionalTensor weight,
-                                    OptionalTensor group, OptionalTensor cell, Tensor lse, Tensor lse_raw,
-                                    int64_t num_groups, int64_t num_cells, int64_t num_classes, int64_t class_start,
-                                    int64_t ignore_index, double label_smoothing, double gamma, int64_t stats,
-                                    bool want_offset, bool want_margin, bool want_pair) {
+SoftmaxLossGradients softmax_loss_bwd_cpu(
+    OptionalTensor grad_loss, OptionalTensor grad_lse, OptionalTensor grad_mass, OptionalTensor grad_hit,
+    OptionalTensor grad_joint, Tensor logits, OptionalTensor offset, OptionalTensor margin, OptionalTensor pair,
+    OptionalTensor target, OptionalTensor target_b, OptionalTensor mix, OptionalTensor soft_target, OptionalTensor slot,
+    OptionalTensor weight, OptionalTensor group, OptionalTensor cell, Tensor lse, Tensor lse_raw, int64_t num_groups,
+    int64_t num_cells, int64_t num_classes, int64_t class_start, int64_t ignore_index, double label_smoothing,
+    double gamma, int64_t stats, bool want_offset, bool want_margin, bool want_pair) {
   STD_TORCH_CHECK(class_start == 0 && num_classes == logits.size(1),
                   "softmax_loss: class shards are not supported yet");
   const Arguments a{logits, offset, margin, pair, target,     target_b,  mix,          soft_target,
                     slot,   weight, group,  cell, num_groups, num_cells, ignore_index, label_smoothing,
                     gamma,  stats};
-  const Upstream up{grad_loss, grad_lse, grad_mass, grad_hit, grad_joint};
-  return dispatch_floating(logits.scalar_type(), [&](auto tag) {
-    return backward<decltype(tag)>(up, a, lse, lse_raw, want_offset, want_margin, want_pair);
-  });
+  const void* loss = nullptr;
+  dispatch_floating(logits.scalar_type(), [&](auto tag) { loss = optional_data<acc_t<decltype(tag)>>(grad_loss); });
+  const int64_t stride = grad_loss.has_value() ? grad_loss->stride(0) : 0;
+  return softmax_loss_backward({loss, stride, grad_lse, grad_mass, grad_hit, grad_joint, 1.0}, a,
+                               {lse, lse_raw, want_offset, want_margin, want_pair});
 }
 
 }  // namespace
+
+SoftmaxLossResult softmax_loss(const SoftmaxLossArguments& a) {
+  return dispatch_floating(a.logits.scalar_type(), [&](auto tag) { return forward<decltype(tag)>(a); });
+}
+
+SoftmaxLossGradients softmax_loss_backward(const SoftmaxLossUpstream& up, const SoftmaxLossArguments& a,
+                                           const SoftmaxLossSaved& saved) {
+  return dispatch_floating(a.logits.scalar_type(), [&](auto tag) { return backward<decltype(tag)>(up, a, saved); });
+}
 
 STABLE_TORCH_LIBRARY_IMPL(classfair_native, CPU, m) {
   m.impl("softmax_loss_fwd", TORCH_BOX(&softmax_loss_fwd_cpu));

@@ -96,6 +96,7 @@ struct Backward {
   int64_t grad_loss_stride;
   const double* grad_lse;                      // (rows,) or null
   const A *grad_mass, *grad_hit, *grad_joint;  // (G, C), (G, C), (cells, C) or null
+  A statistics_scale;                          // of these three
   const double *lse, *lse_raw;                 // (rows,)
   Rows<T> grad_logits;
   A* partial_offset;    // (chunks, C) or null

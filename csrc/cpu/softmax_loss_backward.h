@@ -12,7 +12,8 @@ struct RowGradient {
   const A *offset, *pair;    // parts of x, null: zero
   const A* target;           // smoothed or dense target row
   const A *p, *mass;         // raw softmax and the upstream gradient of its statistics (null: zero)
-  A dot;                     // <p, mass>
+  A mass_scale;              // of mass
+  A dot;                     // <p, mass_scale mass>
   A *sum_offset, *sum_pair;  // running sums of the perturbed part, null: not wanted
 };
 
@@ -25,7 +26,7 @@ CLASSFAIR_INLINE void gradient_columns(const RowGradient<A> g, const T* z, int64
     const Vec<A> v = g.scale * (kShared ? x : exp((x - g.high) - g.low));
     return kTarget ? v - g.target_scale * t : v;
   };
-  const auto statistics = [&](Vec<A> p, Vec<A> r) { return p * (r - g.dot); };
+  const auto statistics = [&](Vec<A> p, Vec<A> r) { return p * (g.mass_scale * r - g.dot); };
   for_columns<A>(
       C,
       [&](int64_t c) {
@@ -98,7 +99,7 @@ struct BackwardBuffers {
   A smoothing_sum;
 };
 
-// The statistics' part: fills g.p, g.mass, g.dot. False where the row is in no statistic.
+// The statistics' part: fills g.p, g.mass, g.mass_scale, g.dot. False where the row is in no statistic.
 template <class T, class A = acc_t<T>>
 bool statistics_gradient(const Backward<T>& b, const Row<A>& row, int64_t i, const T* z,
                          const BackwardBuffers<A>& buffers, RowGradient<A>* g, A* extra_a, A* extra_b) {
@@ -116,13 +117,14 @@ bool statistics_gradient(const Backward<T>& b, const Row<A>& row, int64_t i, con
   }
   // Most cells of many classes: equalized odds has nothing to compare them with. A softmax is dearer than a look.
   if (!b.grad_mass && !b.grad_hit && (!g->mass || all_zero(g->mass, in.C))) return false;
-  g->dot = raw_softmax(z, in.C, b.lse_raw[i], g->mass, buffers.p);
+  g->mass_scale = b.statistics_scale;
+  g->dot = g->mass_scale * raw_softmax(z, in.C, b.lse_raw[i], g->mass, buffers.p);
   g->p = buffers.p;
   if (b.grad_hit) {
     const A* hit = b.grad_hit + row.group * in.C;
     const bool dense = in.soft.data != nullptr;
-    *extra_a = dense ? hit[row.label] : row.a >= 0 ? row.share_a * hit[row.a] : A(0);
-    *extra_b = row.b >= 0 ? row.share_b * hit[row.b] : A(0);
+    *extra_a = b.statistics_scale * (dense ? hit[row.label] : row.a >= 0 ? row.share_a * hit[row.a] : A(0));
+    *extra_b = b.statistics_scale * (row.b >= 0 ? row.share_b * hit[row.b] : A(0));
     const int64_t a = dense ? row.label : row.a;
     g->dot += (a >= 0 ? buffers.p[a] * *extra_a : A(0)) + (row.b >= 0 ? buffers.p[row.b] * *extra_b : A(0));
   }
@@ -221,7 +223,7 @@ void backward_row(const Backward<T>& b, int64_t i, const Row<A>& row, const T* z
     if (sum_offset) sum_offset[s.y] = s.sum_offset + v;
     if (sum_pair) sum_pair[s.y] = s.sum_pair + v;
     if (b.row_margin && s.y == row.a) b.row_margin[i] = v;
-    if (statistics) v += g.p[s.y] * ((g.mass ? g.mass[s.y] : A(0)) + s.extra - g.dot);
+    if (statistics) v += g.p[s.y] * ((g.mass ? g.mass_scale * g.mass[s.y] : A(0)) + s.extra - g.dot);
     out[s.y] = static_cast<T>(v);
   }
 }
