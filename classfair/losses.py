@@ -145,7 +145,7 @@ class CrossEntropyLoss(KeepsPrecision):
     ) -> tuple[Tensor, BatchStats]:
         """The loss and the :class:`BatchStats` of the same pass, as :func:`classfair.cross_entropy_with_stats`.
 
-        ``options``: its ``label``, ``confusion`` and ``differentiable``.
+        ``options``: its ``label``, ``confusion``, ``differentiable``, ``penalty`` and ``penalty_weight``.
         """
         options |= {"group": group, "num_groups": num_groups, "joint": joint}
         return cross_entropy_with_stats(logits, target, **options, **self._arguments())
