@@ -1,8 +1,9 @@
 """Penalties for treating groups differently, as functions of :class:`classfair.BatchStats`.
 
 A loss is ``loss, stats = criterion.with_stats(logits, target, group=group, num_groups=G)`` plus a multiple of a
-penalty of ``stats``; ``with_stats(..., penalty=iou_loss, penalty_weight=10)`` takes it along. With several processes the statistics of all of them are summed, with gradient, before a penalty
-is taken of them: it then is that of the whole batch.
+penalty of ``stats``; ``with_stats(..., penalty=iou_loss, penalty_weight=10)`` takes it along. With several processes
+the statistics of all of them are summed, with gradient, before a penalty is taken of them: it then is that of the whole
+batch.
 
 Source: Hänel et al. 2022, "Enhancing fairness of visual attribute predictors" (FVAP).
 """

@@ -108,8 +108,8 @@ class FeatureLoss(CrossEntropyLoss):
     ) -> tuple[Tensor, BatchStats]:
         """The loss and the :class:`BatchStats` of the unperturbed logits, from one pass over them.
 
-        ``options``: ``group``, ``num_groups``, ``joint``, ``label``, ``confusion`` and ``differentiable`` of
-        :func:`classfair.cross_entropy_with_stats`.
+        ``options``: ``group``, ``num_groups``, ``joint``, ``label``, ``confusion``, ``differentiable``, ``penalty`` and
+        ``penalty_weight`` of :func:`classfair.cross_entropy_with_stats`.
         """
         logits, arguments = self._prepare(features, linear_weight, target, logits, linear_bias, update, raw=True)
         return cross_entropy_with_stats(logits, target, **options, **arguments)

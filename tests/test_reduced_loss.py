@@ -9,6 +9,7 @@ from torch._subclasses import FakeTensorMode
 import classfair
 from classfair import (
     MixedTarget,
+    backends,
     cross_entropy_with_stats,
     demographic_parity_loss,
     equalized_odds_loss,
@@ -51,25 +52,68 @@ def both_ways(penalty, logits, target, *, joint=True, **options):
 VARIANTS = {
     "plain": {},
     "sum": {"reduction": "sum"},
-    "perturbed": {"offset": torch.linspace(-1, 1, 4, dtype=torch.float64).requires_grad_()},
-    "weighted": {"weight": torch.tensor([0.0, 1.0, 2.0, 0.5], dtype=torch.float64), "label_smoothing": 0.1},
+    "offset": {"offset": torch.linspace(-1, 1, 4, dtype=torch.float64).requires_grad_()},
+    "weight": {"weight": torch.tensor([0.0, 1.0, 2.0, 0.5], dtype=torch.float64), "label_smoothing": 0.1},
     "contested": {"joint": "contested"},
     "reference": {"backend": "reference"},
 }
+
+
+def check(penalty, logits, target, **options):
+    """With the operator that computes all at once against the one that returns single rows."""
+    taken, stats = cross_entropy_with_stats(logits, target, penalty=penalty, penalty_weight=WEIGHT, **options)
+    reduction = options.pop("reduction", "mean")
+    rows, same = cross_entropy_with_stats(logits, target, reduction="none", **options)
+    total = classfair.total_weight(target, weight=options.get("weight")) if reduction == "mean" else 1
+    added = rows.sum() / total + WEIGHT * penalty(same)
+    torch.testing.assert_close(taken, added)
+    for field in ("mass", "hit", "count", "correct", "predicted", "prediction", "nonfinite"):
+        torch.testing.assert_close(getattr(stats, field), getattr(same, field), rtol=0, atol=0)
+    torch.testing.assert_close(stats.joint.rows, same.joint.rows, rtol=0, atol=0)
+    leaves = [logits, *(v for v in options.values() if isinstance(v, torch.Tensor) and v.requires_grad)]
+    for found, expected in zip(torch.autograd.grad(taken, leaves), torch.autograd.grad(added, leaves), strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("name", PENALTIES)
 def test_is_the_loss_plus_the_penalty(name, variant):
     logits, target, options = batch()
-    options |= VARIANTS[variant]
-    (taken, stats), (added, same) = both_ways(PENALTIES[name], logits, target, **options)
-    torch.testing.assert_close(taken, added)
-    for field in ("mass", "hit", "count", "correct", "predicted", "prediction", "nonfinite"):
-        torch.testing.assert_close(getattr(stats, field), getattr(same, field), rtol=0, atol=0)
-    leaves = [logits, *([options["offset"]] if "offset" in options else [])]
-    for found, expected in zip(torch.autograd.grad(taken, leaves), torch.autograd.grad(added, leaves), strict=True):
-        torch.testing.assert_close(found, expected)
+    check(PENALTIES[name], logits, target, **{"joint": True} | options | VARIANTS[variant])
+
+
+class _Corrupt:
+    """The native back-end with an output of an operator off in its last element."""
+
+    def __init__(self, inner, operator, output):
+        self.inner, self.operator, self.output = inner, operator, output
+
+    def __getattr__(self, name):
+        def call(*arguments):
+            result = list(getattr(self.inner, name)(*arguments))
+            if name == self.operator:
+                result[self.output] = result[self.output].clone()
+                result[self.output].view(-1)[-1] += 1
+            return tuple(result)
+
+        return call
+
+
+OUTPUTS = [("reduced_loss_fwd", i) for i in range(11)] + [("reduced_loss_bwd", i) for i in range(4)]
+
+
+@pytest.mark.parametrize(("operator", "output"), OUTPUTS)
+def test_a_corrupted_result_is_caught(operator, output, monkeypatch):
+    logits, target, options = batch()
+    g = torch.Generator().manual_seed(0)
+    perturbation = {"offset": (4,), "margin": (4,), "pair": (4, 4)}
+    options |= {k: torch.rand(*s, generator=g, dtype=torch.float64).requires_grad_() for k, s in perturbation.items()}
+    target[-1] = 3  # the last row counts, and the last class is hit
+    check(iou_loss, logits, target, joint=True, **options)
+    real = backends.namespace
+    monkeypatch.setattr(backends, "namespace", lambda name: _Corrupt(real(name), operator, output))
+    with pytest.raises(AssertionError):
+        check(iou_loss, logits, target, joint=True, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
