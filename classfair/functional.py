@@ -381,7 +381,7 @@ def cross_entropy_with_stats(
     )
     check.check_choice(function, "joint", joint, (False, True, "contested"))
     if penalty is not None:
-        _check_penalty(function, penalty, penalty_weight, reduction)
+        penalty_weight = _check_penalty(function, penalty, penalty_weight, reduction)
     _check_statistics(function, problem, target, group, num_groups, label, confusion)
     arguments = problem.arguments
     groups = 1 if num_groups is None else num_groups
@@ -420,12 +420,14 @@ def _takes_term(problem: _Problem, target: Any, reduction: str, differentiable: 
     return differentiable and once and serves(problem.logits, reduction, backend)
 
 
-def _check_penalty(function: str, penalty: Any, weight: Any, reduction: str) -> None:
+def _check_penalty(function: str, penalty: Any, weight: Any, reduction: str) -> float:
+    """The weight, which may be any real number, as a float."""
     if not callable(penalty):
         raise TypeError(f"{function}: expected penalty as a function of BatchStats, got {type(penalty).__name__}")
     check.check_number(function, "penalty_weight", weight)
     if reduction == "none":
         raise ValueError(f"{function}: expected reduction 'mean' or 'sum' with penalty, got 'none'")
+    return float(weight)
 
 
 def _counted_label(arguments: dict[str, Any]) -> Tensor:  # (R,)

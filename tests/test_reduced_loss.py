@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
@@ -222,7 +223,7 @@ def test_transforms_and_the_compiler():
 def test_every_loss_takes_one():
     logits, target, options = batch(dtype=torch.float32)
     criterion = classfair.LogitAdjustedLoss([9, 5, 2, 1])
-    taken, _ = criterion.with_stats(logits, target, **options, penalty=iou_loss, penalty_weight=WEIGHT)
+    taken, _ = criterion.with_stats(logits, target, **options, penalty=iou_loss, penalty_weight=np.float32(3))
     loss, stats = criterion.with_stats(logits, target, **options)
     torch.testing.assert_close(taken, loss + WEIGHT * iou_loss(stats))
     head = torch.nn.Linear(6, 4)
