@@ -1,5 +1,5 @@
 // softmax_loss on the CPU: the two ops, their checks and their fixed-order reductions. The row code is in
-// softmax_loss_{columns,forward,backward}.h, compiled once per instruction set.
+// softmax_loss_{columns,forward,backward,narrow}.h, compiled once per instruction set.
 #include "cpu/softmax_loss.h"
 
 #include <algorithm>
@@ -37,12 +37,12 @@ Tensor zeros(const Tensor& like, const std::array<int64_t, kDims>& sizes, Scalar
 int64_t row_count(const Tensor& logits) { return logits.size(0) * (logits.dim() == 3 ? logits.size(2) : 1); }
 
 template <class T>
-RowKernels<T> row_kernels() {
+RowKernels<T> row_kernels(bool narrow) {
 #if defined(__x86_64__)
-  if (selected_isa() == Isa::kAvx512) return avx512::row_kernels<T>();
-  if (selected_isa() == Isa::kAvx2) return avx2::row_kernels<T>();
+  if (selected_isa() == Isa::kAvx512) return avx512::row_kernels<T>(narrow);
+  if (selected_isa() == Isa::kAvx2) return avx2::row_kernels<T>(narrow);
 #endif
-  return baseline::row_kernels<T>();
+  return baseline::row_kernels<T>(narrow);
 }
 
 using Arguments = SoftmaxLossArguments;
@@ -56,7 +56,7 @@ Inputs<T> make_inputs(const Arguments& a) {
   in.rows = row_count(a.logits);
   in.C = a.logits.size(1);
   in.G = a.num_groups;
-  in.cells = a.num_cells;
+  in.cells = a.cell.has_value() ? a.num_cells : 0;
   in.target = optional_data<int64_t>(a.target);
   in.target_b = optional_data<int64_t>(a.target_b);
   in.mix = optional_data<A>(a.mix);
@@ -79,8 +79,11 @@ Inputs<T> make_inputs(const Arguments& a) {
   in.stats = a.stats;
   // Rows are visited by group where one of them fills cache lines of its own: elsewhere that is random access.
   in.by_group = in.stats && in.group && in.G > 1 && in.C >= 256 && in.logits.contiguous();
+  in.narrow = in.C <= kNarrow && in.target && !in.target_b && !in.mix && !in.soft.data && !in.perturbed() &&
+              in.smoothing == A(0) && in.gamma == A(0);
   // Small enough to balance, large enough that the partial sums of chunks stay a small part of the traffic.
-  in.chunk_rows = std::max<int64_t>(32, in.stats && !in.by_group ? 8 * in.G : 0);
+  const int64_t summed = in.by_group ? 0 : in.narrow ? std::max(in.G, in.cells) : in.G;
+  in.chunk_rows = std::max<int64_t>(in.narrow ? 256 : 32, in.stats ? 8 * summed : 0);
   in.chunk_rows = std::max<int64_t>(in.chunk_rows, in.rows / 256);
   return in;
 }
@@ -194,7 +197,6 @@ void count_unit(const Forward<T>& f, const Units& units, int64_t unit, acc_t<T>*
 template <class T>
 void sum_statistics(const Forward<T>& f, const Units& units, acc_t<T>* mass, acc_t<T>* hit, int64_t* counts) {
   constexpr int64_t kColumns = 4096;
-  const Inputs<T>& in = f.in;
   const int64_t tasks = ceil_div(units.size, kColumns) + 1;  // of a unit: blocks of mass, and the rest
   parallel_for(0, tasks * units.count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
@@ -205,9 +207,20 @@ void sum_statistics(const Forward<T>& f, const Units& units, acc_t<T>* mass, acc
         sum_unit(f, units, unit, first, std::min(first + kColumns, units.size), mass + offset);
     }
   });
-  int64_t* const rows = counts + 3 * in.G * in.C;  // invalid, which throws, and nonfinite
-  rows[0] = 0;
-  rows[1] = std::accumulate(f.chunk_nonfinite, f.chunk_nonfinite + in.chunks(), int64_t(0));
+}
+
+// Where rows are narrow, each chunk has sums of its own of everything.
+template <class T>
+void sum_narrow(const Forward<T>& f, acc_t<T>* mass, acc_t<T>* hit, acc_t<T>* joint, int64_t* counts) {
+  const Inputs<T>& in = f.in;
+  const int64_t cells = in.G * in.C, chunks = in.chunks();
+  std::vector<double> sums(f.sums_size());
+  sum_chunks(f.partial_mass, chunks, cells, mass);
+  sum_chunks(f.chunk_sums, chunks, f.sums_size(), sums.data());
+  sum_chunks(f.chunk_counts, chunks, 3 * cells, counts);
+  const auto round = [](double v) { return static_cast<acc_t<T>>(v); };
+  std::transform(sums.begin(), sums.begin() + cells, hit, round);
+  std::transform(sums.begin() + cells, sums.end(), joint, round);
 }
 
 template <class T>
@@ -217,7 +230,7 @@ SoftmaxLossResult forward(const Arguments& a) {
   f.in = make_inputs<T>(a);
   const Inputs<T>& in = f.in;
   const int64_t rows = in.rows, GC = in.G * in.C;
-  const bool stats = in.stats != 0, joint = stats && a.cell.has_value();
+  const bool stats = in.stats != 0, joint = stats && a.cell.has_value(), by_cell = joint && !in.narrow;
   constexpr ScalarType acc = scalar_type_of<A>();
   Tensor loss = allocate<1>(a.logits, {rows}, acc);
   Tensor lse = allocate<1>(a.logits, {rows}, ScalarType::Double);
@@ -243,17 +256,22 @@ SoftmaxLossResult forward(const Arguments& a) {
   f.prediction = data<int64_t>(prediction);
   f.partial_mass = stats ? partial.get() : nullptr;
   f.row_statistics = row_statistics.get();
+  const bool own_sums = stats && in.narrow;
+  const std::unique_ptr<double[]> chunk_sums(new double[own_sums ? in.chunks() * f.sums_size() : 0]);
+  const std::unique_ptr<int64_t[]> chunk_counts(new int64_t[own_sums ? in.chunks() * 3 * GC : 0]);
+  f.chunk_sums = chunk_sums.get();
+  f.chunk_counts = chunk_counts.get();
   f.chunk_weight = chunk_weight.data();
   f.chunk_bad = chunk_bad.data();
   f.chunk_nonfinite = chunk_nonfinite.data();
-  f.joint = data<A>(joint_rows);
+  f.joint = by_cell ? data<A>(joint_rows) : nullptr;
   std::vector<int64_t> cell_start, cell_order;
-  if (joint) cell_order = sort_rows(rows, in.cells, &cell_start, [&](int64_t i) { return resolve(in, i).cell; });
+  if (by_cell) cell_order = sort_rows(rows, in.cells, &cell_start, [&](int64_t i) { return resolve(in, i).cell; });
   f.cell_order = cell_order.data();
   f.cell_start = cell_start.data();
 
   const A weights = weight_sum(in);
-  const RowKernels<T> kernels = row_kernels<T>();
+  const RowKernels<T> kernels = row_kernels<T>(in.narrow);
   parallel_for(0, in.chunks(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk) kernels.forward_chunk(f, chunk, weights);
   });
@@ -261,8 +279,16 @@ SoftmaxLossResult forward(const Arguments& a) {
   if (bad < rows) throw_bad_row(in, bad);
   *static_cast<A*>(total_weight.data_ptr()) =
       static_cast<A>(std::accumulate(chunk_weight.begin(), chunk_weight.end(), 0.0));
-  if (stats) sum_statistics(f, units, data<A>(mass), data<A>(hit), data<int64_t>(counts));
-  parallel_for(0, joint ? in.cells : 0, 1, [&](int64_t begin, int64_t end) {
+  if (stats) {
+    if (in.narrow)
+      sum_narrow(f, data<A>(mass), data<A>(hit), data<A>(joint_rows), data<int64_t>(counts));
+    else
+      sum_statistics(f, units, data<A>(mass), data<A>(hit), data<int64_t>(counts));
+    int64_t* const bad_rows = data<int64_t>(counts) + 3 * GC;  // invalid, which throws, and nonfinite
+    bad_rows[0] = 0;
+    bad_rows[1] = std::accumulate(chunk_nonfinite.begin(), chunk_nonfinite.end(), int64_t(0));
+  }
+  parallel_for(0, by_cell ? in.cells : 0, 1, [&](int64_t begin, int64_t end) {
     for (int64_t cell = begin; cell < end; ++cell) kernels.joint_cell(f, cell);
   });
   return {loss, lse, lse_raw, prediction, mass, hit, joint_rows, counts, total_weight};
@@ -307,7 +333,7 @@ SoftmaxLossGradients backward(const SoftmaxLossUpstream& up, const Arguments& a,
   b.row_margin = want_margin ? row_margin.data() : nullptr;
 
   const A weights = weight_sum(in);
-  const RowKernels<T> kernels = row_kernels<T>();
+  const RowKernels<T> kernels = row_kernels<T>(in.narrow);
   parallel_for(0, in.chunks(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk) kernels.backward_chunk(b, chunk, weights);
   });

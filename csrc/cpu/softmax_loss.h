@@ -10,7 +10,8 @@
 
 namespace classfair {
 
-constexpr int64_t kTile = 16;  // rows gathered together when classes are not contiguous
+constexpr int64_t kTile = 16;   // rows gathered together when classes are not contiguous
+constexpr int64_t kNarrow = 8;  // classes up to which a vector holds many rows
 
 // A (rows, C) view of (N, C) or (N, C, L) memory: row i = n * L + l.
 template <class T>
@@ -40,6 +41,7 @@ struct Inputs {
   A smoothing, gamma;
   int64_t stats;
   bool by_group;         // the forward pass visits rows by group
+  bool narrow;           // softmax_loss_narrow.h serves these rows
   const int64_t* order;  // rows in the order in which they are visited, null: natural
   int64_t chunk_rows;    // rows per chunk; never depends on the number of threads
 
@@ -85,6 +87,11 @@ struct Forward {
   const int64_t* cell_order;         // (rows,) sorted by cell
   const int64_t* cell_start;         // (cells + 1,) into cell_order
 
+  // Where rows are narrow; instead of what follows mass above, but that the row code may write row_statistics.
+  double* chunk_sums;     // (chunks, sums_size()): hit, then the joint rows
+  int64_t* chunk_counts;  // (chunks, 3 * G * C), as the counts
+
+  int64_t sums_size() const { return (in.G + in.cells) * in.C; }
   int64_t cell_rows(int64_t cell) const { return cell_start[cell + 1] - cell_start[cell]; }
 };
 
@@ -112,20 +119,20 @@ struct Backward {
 template <class T>
 struct RowKernels {
   void (*forward_chunk)(const Forward<T>&, int64_t chunk, acc_t<T> weight_sum);
-  void (*joint_cell)(const Forward<T>&, int64_t cell);
+  void (*joint_cell)(const Forward<T>&, int64_t cell);  // null where rows are narrow
   void (*backward_chunk)(const Backward<T>&, int64_t chunk, acc_t<T> weight_sum);
 };
 namespace baseline {
 template <class T>
-RowKernels<T> row_kernels();
+RowKernels<T> row_kernels(bool narrow);
 }
 namespace avx2 {
 template <class T>
-RowKernels<T> row_kernels();
+RowKernels<T> row_kernels(bool narrow);
 }
 namespace avx512 {
 template <class T>
-RowKernels<T> row_kernels();
+RowKernels<T> row_kernels(bool narrow);
 }
 
 }  // namespace classfair

@@ -241,8 +241,9 @@ A* pair_sum(const Backward<T>& b, int64_t chunk, int64_t position, int64_t slot,
   return slot == b.carry_slot[chunk] ? carry : b.grad_pair + slot * b.in.C;
 }
 
+// Rows [first, end) of a chunk.
 template <class T>
-void backward_chunk(const Backward<T>& b, int64_t chunk, acc_t<T> weight_sum) {
+void backward_rows(const Backward<T>& b, int64_t chunk, int64_t first, int64_t end, acc_t<T> weight_sum) {
   using A = acc_t<T>;
   const Inputs<T>& in = b.in;
   A* memory = scratch<A>((4 + kTile) * in.C);
@@ -258,10 +259,6 @@ void backward_chunk(const Backward<T>& b, int64_t chunk, acc_t<T> weight_sum) {
   const TileReader<A> soft{in.soft, in.C, memory + 4 * in.C};
   const bool direct = b.grad_logits.contiguous();
   A* sum_offset = b.partial_offset ? b.partial_offset + chunk * in.C : nullptr;
-  if (sum_offset) std::fill(sum_offset, sum_offset + in.C, A(0));
-  if (b.grad_pair) b.carry_slot[chunk] = -1;
-
-  const int64_t first = chunk * in.chunk_rows, end = std::min(first + in.chunk_rows, in.rows);
   int64_t previous = b.grad_pair && first > 0 ? resolve(in, in.visited(first - 1)).slot : -1;
   int64_t rows[kTile];
   for (int64_t begin = first; begin < end; begin += kTile) {
@@ -287,6 +284,15 @@ void backward_chunk(const Backward<T>& b, int64_t chunk, acc_t<T> weight_sum) {
         for (int64_t r = 0; r < count; ++r)
           b.grad_logits.row(rows[r])[c * b.grad_logits.stride_c] = tiles[(kTile + r) * in.C + c];
   }
+}
+
+template <class T>
+void backward_chunk(const Backward<T>& b, int64_t chunk, acc_t<T> weight_sum) {
+  using A = acc_t<T>;
+  const int64_t C = b.in.C, first = chunk * b.in.chunk_rows, end = std::min(first + b.in.chunk_rows, b.in.rows);
+  if (b.partial_offset) std::fill(b.partial_offset + chunk * C, b.partial_offset + (chunk + 1) * C, A(0));
+  if (b.grad_pair) b.carry_slot[chunk] = -1;
+  backward_rows(b, chunk, first, end, weight_sum);
 }
 
 }  // namespace CLASSFAIR_ISA

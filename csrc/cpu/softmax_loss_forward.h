@@ -128,8 +128,9 @@ void skip_row(const Forward<T>& f, int64_t i, LabelKind kind, const T* z) {
   f.row_statistics[i] = RowStatistics<A>::none();
 }
 
+// Rows [first, end) of a chunk.
 template <class T>
-void forward_chunk(const Forward<T>& f, int64_t chunk, acc_t<T> weight_sum) {
+void forward_rows(const Forward<T>& f, int64_t chunk, int64_t first, int64_t end, acc_t<T> weight_sum) {
   using A = acc_t<T>;
   const Inputs<T>& in = f.in;
   constexpr int64_t kBuffers = GroupSums<A>::kPending;
@@ -138,14 +139,10 @@ void forward_chunk(const Forward<T>& f, int64_t chunk, acc_t<T> weight_sum) {
   const TileReader<T> logits{in.logits, in.C, in.logits.contiguous() ? nullptr : scratch_tile<T>(kTile * in.C)};
   const TileReader<A> soft{in.soft, in.C, buffers + kBuffers * in.C};
   A* partial = f.partial_mass ? f.partial_mass + chunk * f.unit_size : nullptr;
-  if (partial && !in.by_group) std::fill(partial, partial + f.unit_size, A(0));
   GroupSums<A> mass(partial, in.C, in.by_group, buffers);
   double weight = 0;
-  f.chunk_bad[chunk] = in.rows;
-  f.chunk_nonfinite[chunk] = 0;
-  const int64_t end = std::min((chunk + 1) * in.chunk_rows, in.rows);
   int64_t rows[kTile];
-  for (int64_t begin = chunk * in.chunk_rows; begin < end; begin += kTile) {
+  for (int64_t begin = first; begin < end; begin += kTile) {
     const int64_t count = tile_rows(in, begin, end, rows);
     logits.prepare(rows, count);
     if (in.soft.data) soft.prepare(rows, count);
@@ -167,8 +164,26 @@ void forward_chunk(const Forward<T>& f, int64_t chunk, acc_t<T> weight_sum) {
       forward_row(f, chunk, i, row, z, next, in.soft.data ? soft.row(i, r) : nullptr, weight_sum, mass, x);
     }
   }
-  f.chunk_weight[chunk] = weight;
+  f.chunk_weight[chunk] += weight;
   mass.finish();
+}
+
+// Clears what a chunk sums. Returns where the chunk ends.
+template <class T>
+int64_t begin_chunk(const Forward<T>& f, int64_t chunk) {
+  using A = acc_t<T>;
+  f.chunk_bad[chunk] = f.in.rows;
+  f.chunk_nonfinite[chunk] = 0;
+  f.chunk_weight[chunk] = 0;
+  if (f.partial_mass && !f.in.by_group)
+    std::fill(f.partial_mass + chunk * f.unit_size, f.partial_mass + (chunk + 1) * f.unit_size, A(0));
+  return std::min((chunk + 1) * f.in.chunk_rows, f.in.rows);
+}
+
+template <class T>
+void forward_chunk(const Forward<T>& f, int64_t chunk, acc_t<T> weight_sum) {
+  const int64_t end = begin_chunk(f, chunk);
+  forward_rows(f, chunk, chunk * f.in.chunk_rows, end, weight_sum);
 }
 
 // joint[cell] = sum of p over the rows of a cell; rows of a cell are neighbours in cell_order. Summed in double, as

@@ -5,18 +5,20 @@
 #include "cpu/softmax_loss_columns.h"
 #include "cpu/softmax_loss_forward.h"
 #include "cpu/softmax_loss_backward.h"
+#include "cpu/softmax_loss_narrow.h"
 
 namespace classfair {
 namespace CLASSFAIR_ISA {
 
 template <class T>
-RowKernels<T> row_kernels() {
+RowKernels<T> row_kernels(bool narrow) {
+  if (narrow) return {narrow_forward_chunk<T>, nullptr, narrow_backward_chunk<T>};
   return {forward_chunk<T>, joint_cell<T>, backward_chunk<T>};
 }
-template RowKernels<double> row_kernels();
-template RowKernels<float> row_kernels();
-template RowKernels<Half> row_kernels();
-template RowKernels<BFloat16> row_kernels();
+template RowKernels<double> row_kernels(bool narrow);
+template RowKernels<float> row_kernels(bool narrow);
+template RowKernels<Half> row_kernels(bool narrow);
+template RowKernels<BFloat16> row_kernels(bool narrow);
 
 }  // namespace CLASSFAIR_ISA
 }  // namespace classfair
