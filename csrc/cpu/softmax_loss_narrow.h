@@ -6,32 +6,51 @@
 namespace classfair {
 namespace CLASSFAIR_ISA {
 
+// Sum of term(c) over the classes, in pairs: as accurate as the row code's sum of several vectors and of their lanes.
+template <class A, class Term>
+CLASSFAIR_INLINE Vec<A> sum_classes(int64_t C, Term&& term) {
+  Vec<A> sum[kNarrow];
+  for (int64_t c = 0; c < C; ++c) sum[c] = term(c);
+  for (int64_t step = 1; step < C; step *= 2)
+    for (int64_t c = 0; c + step < C; c += 2 * step) sum[c] += sum[c + step];
+  return sum[0];
+}
+
 // Neighbouring rows, one a lane; where fewer are left than there are lanes, the last one again.
 template <class T>
 struct NarrowTile {
   using A = acc_t<T>;
   using Class = typename VectorOf<A>::Mask;
+  using Label = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;  // an element of Class
   static constexpr int64_t kRows = kLanes<A>;
 
   int64_t begin, count;
-  Vec<A> logits[kNarrow], weight;  // weight: of the label
-  Class label;                     // 0 where the row is not valid
-  Row<A> rows[kRows];
+  Vec<A> logits[kNarrow];
+  bool valid[kRows];                  // neither ignored nor an error
+  Label label[kRows];                 // 0 where not valid
+  A weight[kRows];                    // of the label
+  int64_t group[kRows], cell[kRows];  // -1: in no statistic, in no joint row
 
-  NarrowTile(const Inputs<T>& in, int64_t begin, int64_t end) : begin(begin), count(std::min(kRows, end - begin)) {
+  CLASSFAIR_INLINE NarrowTile(const Inputs<T>& in, int64_t begin, int64_t end)
+      : begin(begin), count(std::min(kRows, end - begin)) {
     const T* start[kRows];
     find(in.logits, start);
     for (int64_t c = 0; c < in.C; ++c) logits[c] = gather(start, c * in.logits.stride_c);
-    A weights[kRows];
     for (int64_t r = 0; r < kRows; ++r) {
-      rows[r] = resolve(in, begin + std::min(r, count - 1));
-      label[r] = valid(r) ? rows[r].a : 0;
-      weights[r] = in.weight ? in.weight[valid(r) ? rows[r].a : 0] : A(1);
+      const int64_t i = row(r), y = in.target[i], g = in.group ? in.group[i] : 0, k = in.cell ? in.cell[i] : -1;
+      valid[r] = classify_label(y, in.C, in.ignore_index) == LabelKind::kValid && g >= -1 && g < in.G;
+      label[r] = valid[r] ? static_cast<Label>(y) : 0;
+      weight[r] = in.weight ? in.weight[label[r]] : A(1);
+      group[r] = valid[r] ? g : -1;
+      cell[r] = group[r] >= 0 && k < in.cells ? k : -1;
     }
-    weight = load(weights);
   }
-  bool valid(int64_t r) const { return rows[r].kind == LabelKind::kValid; }
-
+  CLASSFAIR_INLINE int64_t row(int64_t r) const { return begin + std::min(r, count - 1); }
+  CLASSFAIR_INLINE Class labels() const {
+    Class v;
+    std::memcpy(&v, label, sizeof(v));
+    return v;
+  }
   // Where the rows begin.
   template <class E>
   CLASSFAIR_INLINE void find(const Rows<E>& view, E** start) const {
@@ -53,51 +72,60 @@ template <class T>
 void narrow_forward_chunk(const Forward<T>& f, int64_t chunk, acc_t<T> weight_sum) {
   using A = acc_t<T>;
   using Tile = NarrowTile<T>;
+  constexpr int64_t kRows = Tile::kRows;
   const Inputs<T>& in = f.in;
   const int64_t end = begin_chunk(f, chunk), cells = in.G * in.C;
   A* const mass = in.stats ? f.partial_mass + chunk * cells : nullptr;
   double* const hit = in.stats ? f.chunk_sums + chunk * f.sums_size() : nullptr;
   int64_t* const count = in.stats ? f.chunk_counts + chunk * 3 * cells : nullptr;
   if (in.stats) std::fill(hit, hit + f.sums_size(), 0.0), std::fill(count, count + 3 * cells, 0);
-  double* const joint = f.in.cell ? hit + cells : nullptr;
+  double* const joint = hit + cells;
   int64_t *const correct = count + cells, *const predicted = correct + cells;
   double weight = 0;
-  for (int64_t begin = chunk * in.chunk_rows; begin < end; begin += Tile::kRows) {
+  for (int64_t begin = chunk * in.chunk_rows; begin < end; begin += kRows) {
     const Tile tile(in, begin, end);
     const Vec<A>* const x = tile.logits;
-    Vec<A> largest = splat(-std::numeric_limits<A>::infinity()), chosen = {}, sum = {};
+    const typename Tile::Class label = tile.labels();
+    Vec<A> largest = splat(-std::numeric_limits<A>::infinity()), chosen = {};
     typename Tile::Class first = {}, column = {};  // first maximum
     for (int64_t c = 0; c < in.C; ++c, column += 1) {
       first = x[c] > largest ? column : first;
       largest = max(largest, x[c]);
-      chosen = tile.label == column ? x[c] : chosen;
+      chosen = label == column ? x[c] : chosen;
     }
-    A p[kNarrow][Tile::kRows], high[Tile::kRows], low[Tile::kRows], total[Tile::kRows];
     Vec<A> e[kNarrow];
-    for (int64_t c = 0; c < in.C; ++c) sum += e[c] = exp(x[c] - largest);
-    for (int64_t c = 0; in.stats && c < in.C; ++c) store(p[c], e[c] / sum);
-    const Vec<A> log_sum = log(sum);
-    store(high, largest), store(low, log_sum), store(total, sum);
-    store_some(f.loss + begin, tile.weight * (log_sum - (chosen - largest)), tile.count);
+    const Vec<A> total = sum_classes<A>(in.C, [&](int64_t c) { return e[c] = exp(x[c] - largest); });
+    const Vec<A> log_total = log(total);
+    store_some(f.loss + begin, load(tile.weight) * (log_total - (chosen - largest)), tile.count);
+    A sum[kRows], high[kRows], low[kRows];
+    store(sum, total), store(high, largest), store(low, log_total);
+    double lse[kRows];
+    for (int64_t r = 0; r < kRows; ++r) lse[r] = static_cast<double>(high[r]) + static_cast<double>(low[r]);
+    std::copy(lse, lse + tile.count, f.lse + begin);
+    // NaN, unless there is a finite logit and no other but -inf.
+    const auto good = [&](int64_t r) { return tile.valid[r] && sum[r] >= A(1); };
     for (int64_t r = 0; r < tile.count; ++r) {
-      const int64_t i = begin + r;
-      const Row<A>& row = tile.rows[r];
-      if (!tile.valid(r) || !(total[r] >= A(1))) {  // NaN unless every logit is finite or -inf, and one finite
-        forward_rows(f, chunk, i, i + 1, weight_sum);
-        continue;
-      }
-      f.lse[i] = static_cast<double>(high[r]) + static_cast<double>(low[r]);
-      weight += tile.weight[r];
-      if (!in.stats) continue;
-      f.prediction[i] = first[r];
-      if (row.group < 0) continue;
-      const int64_t base = row.group * in.C, y = base + row.a;
+      if (good(r))
+        weight += tile.weight[r];
+      else
+        forward_rows(f, chunk, begin + r, begin + r + 1, weight_sum);
+    }
+    if (!in.stats) continue;
+    A p[kNarrow][kRows];
+    typename Tile::Label prediction[kRows];
+    std::memcpy(prediction, &first, sizeof(first));
+    for (int64_t c = 0; c < in.C; ++c) store(p[c], e[c] / total);
+    for (int64_t r = 0; r < tile.count; ++r) {
+      if (!good(r)) continue;
+      f.prediction[begin + r] = prediction[r];
+      if (tile.group[r] < 0) continue;
+      const int64_t base = tile.group[r] * in.C, y = base + tile.label[r];
       ++count[y];
-      ++predicted[base + first[r]];
-      correct[y] += first[r] == row.a;
-      hit[y] += p[row.a][r];
+      ++predicted[base + prediction[r]];
+      correct[y] += prediction[r] == tile.label[r];
+      hit[y] += p[tile.label[r]][r];
       for (int64_t c = 0; c < in.C; ++c) mass[base + c] += p[c][r];
-      for (int64_t c = 0; row.cell >= 0 && c < in.C; ++c) joint[row.cell * in.C + c] += p[c][r];
+      for (int64_t c = 0; tile.cell[r] >= 0 && c < in.C; ++c) joint[tile.cell[r] * in.C + c] += p[c][r];
     }
   }
   f.chunk_weight[chunk] += weight;
@@ -107,48 +135,61 @@ template <class T>
 void narrow_backward_chunk(const Backward<T>& b, int64_t chunk, acc_t<T> weight_sum) {
   using A = acc_t<T>;
   using Tile = NarrowTile<T>;
+  constexpr int64_t kRows = Tile::kRows;
   constexpr A kNone[kNarrow] = {};
   const Inputs<T>& in = b.in;
   const int64_t end = std::min((chunk + 1) * in.chunk_rows, in.rows);
-  for (int64_t begin = chunk * in.chunk_rows; begin < end; begin += Tile::kRows) {
+  for (int64_t begin = chunk * in.chunk_rows; begin < end; begin += kRows) {
     const Tile tile(in, begin, end);
-    T* out[Tile::kRows];
-    tile.find(b.grad_logits, out);
-    A high[Tile::kRows], low[Tile::kRows], loss[Tile::kRows] = {}, lse[Tile::kRows] = {}, hit[Tile::kRows] = {};
-    const A *mass[Tile::kRows], *joint[Tile::kRows];  // upstream gradients
-    for (int64_t r = 0; r < Tile::kRows; ++r) {
-      const int64_t i = begin + std::min(r, tile.count - 1);
-      const Row<A>& row = tile.rows[r];
-      high[r] = static_cast<A>(b.lse[i]);
-      low[r] = static_cast<A>(b.lse[i] - high[r]);
-      if (b.grad_loss) loss[r] = b.grad_loss[i * b.grad_loss_stride];
-      if (b.grad_lse) lse[r] = static_cast<A>(b.grad_lse[i]);
-      const bool counted = tile.valid(r) && row.group >= 0;
-      if (b.grad_hit && counted) hit[r] = b.grad_hit[row.group * in.C + row.a];
-      mass[r] = b.grad_mass && counted ? b.grad_mass + row.group * in.C : kNone;
-      joint[r] = b.grad_joint && counted && row.cell >= 0 ? b.grad_joint + row.cell * in.C : kNone;
+    const typename Tile::Class label = tile.labels();
+    double lse[kRows];
+    A high[kRows], low[kRows], grad_loss[kRows] = {}, grad_lse[kRows] = {};
+    for (int64_t r = 0; r < kRows; ++r) {
+      const int64_t i = tile.row(r);
+      lse[r] = b.lse[i];
+      if (b.grad_loss) grad_loss[r] = b.grad_loss[i * b.grad_loss_stride];
+      if (b.grad_lse) grad_lse[r] = static_cast<A>(b.grad_lse[i]);
     }
-    const Vec<A> scale = load(loss) * tile.weight, scale_lse = load(lse);
-    Vec<A> p[kNarrow], upstream[kNarrow], others = {}, dot = {};  // others: what p of the label lacks to 1
+    for (int64_t r = 0; r < kRows; ++r) high[r] = static_cast<A>(lse[r]), low[r] = static_cast<A>(lse[r] - high[r]);
+    const Vec<A> scale = load(grad_loss) * load(tile.weight), scale_lse = load(grad_lse);
+    const Vec<A> high_v = load(high), low_v = load(low);
+    Vec<A> p[kNarrow], upstream[kNarrow], dot = {};
     typename Tile::Class column = {};
-    for (int64_t c = 0; c < in.C; ++c, column += 1) {
-      p[c] = exp((tile.logits[c] - load(high)) - load(low));
-      others += tile.label == column ? Vec<A>{} : p[c];
-      if (!b.statistics()) continue;
-      upstream[c] = (tile.label == column ? load(hit) : Vec<A>{}) + Tile::gather(mass, c) + Tile::gather(joint, c);
-      dot += p[c] * upstream[c];
+    const Vec<A> others = sum_classes<A>(in.C, [&](int64_t c) {  // what p of the label lacks to 1
+      p[c] = exp((tile.logits[c] - high_v) - low_v);
+      return label == column++ ? Vec<A>{} : p[c];
+    });
+    if (b.statistics()) {
+      A hit[kRows];
+      const A *mass[kRows], *joint[kRows];
+      for (int64_t r = 0; r < kRows; ++r) {
+        const int64_t base = tile.group[r] * in.C;
+        hit[r] = b.grad_hit && base >= 0 ? b.grad_hit[base + tile.label[r]] : A(0);
+        mass[r] = b.grad_mass && base >= 0 ? b.grad_mass + base : kNone;
+        joint[r] = b.grad_joint && tile.cell[r] >= 0 ? b.grad_joint + tile.cell[r] * in.C : kNone;
+      }
+      column = typename Tile::Class{};
+      dot = sum_classes<A>(in.C, [&](int64_t c) {
+        upstream[c] = label == column++ ? load(hit) : Vec<A>{};
+        if (b.grad_mass) upstream[c] += Tile::gather(mass, c);
+        if (b.grad_joint) upstream[c] += Tile::gather(joint, c);
+        return p[c] * upstream[c];
+      });
     }
+    T* out[kRows];
+    tile.find(b.grad_logits, out);
     column = typename Tile::Class{};
     for (int64_t c = 0; c < in.C; ++c, column += 1) {
-      Vec<A> v = scale * (tile.label == column ? -others : p[c]) + scale_lse * p[c];
+      // p - 1 of the label: of two ways to form it, the one that loses no digits.
+      const Vec<A> less_one = p[c] < A(0.5) ? p[c] - A(1) : -others;
+      Vec<A> v = scale * (label == column ? less_one : p[c]) + scale_lse * p[c];
       if (b.statistics()) v += p[c] * (upstream[c] - dot);
-      T lane[Tile::kRows];
+      T lane[kRows];
       store(lane, v);
       for (int64_t r = 0; r < tile.count; ++r) out[r][c * b.grad_logits.stride_c] = lane[r];
     }
     for (int64_t r = 0; r < tile.count; ++r)
-      if (!tile.valid(r) || !std::isfinite(b.lse[begin + r]))
-        backward_rows(b, chunk, begin + r, begin + r + 1, weight_sum);
+      if (!tile.valid[r] || !std::isfinite(lse[r])) backward_rows(b, chunk, begin + r, begin + r + 1, weight_sum);
   }
 }
 
