@@ -200,6 +200,14 @@ def _one_hot(x: Inputs, g: torch.Generator) -> None:
     x["soft_target"][:, 0] = 0
 
 
+def _broken_rows(x: Inputs, g: torch.Generator) -> None:
+    """Among rows that share vectors: NaN, inf, -inf alone, -inf at the true class; masked classes."""
+    logits, target = x["logits"], x["target"]
+    logits[1, 0], logits[10, 1], logits[20] = torch.nan, torch.inf, -torch.inf
+    logits[30, target[30].clamp_min(0)] = -torch.inf
+    logits[32:40, 0] = -torch.inf
+
+
 def _group_all_out(x: Inputs, g: torch.Generator) -> None:
     x["group"].fill_(-1)
 
@@ -216,6 +224,17 @@ def _cases() -> list[Case]:
         if name != "group":
             features = tuple(dict.fromkeys(("group", *features)))
         cases.append(Case(f"{name}-stats", (9, 6), features, 2, small=True))
+    # Rows of few classes share vectors, up to 16 classes; whole vectors of rows and a rest.
+    narrow = ("weight", "group", "joint")
+    cases += [
+        Case(f"narrow-{n}x{c}", (n, c), narrow, 2) for n, c in ((37, 1), (16, 2), (300, 2), (65, 8), (37, 16), (37, 17))
+    ]
+    cases += [
+        Case("narrow-broken", (67, 3), ("ignore", *narrow), 2, edit=_broken_rows),
+        Case("narrow-3d", (3, 2, 21), ("ignore", *narrow), 2),
+        Case("narrow-ties", (40, 4), ("group",), 2, scale=0.0),
+        Case("narrow-confident", (40, 3), ("group",), 2, edit=_confident),
+    ]
     cases += [
         Case("all", (9, 6), ALL_HARD, 2, small=True),
         Case("all-empty", (0, 6), ALL_HARD, 2),

@@ -122,6 +122,12 @@ def test_third_derivative(backend, device):
     torch.testing.assert_close(third(backend, device), third("reference", "cpu"), rtol=1e-10, atol=0)
 
 
+LAYOUTS = (
+    Case("layout", (67, 35), ("offset", "rows", "smoothing"), 2),
+    Case("layout-narrow", (67, 3), ("group", "joint"), 2),
+)
+
+
 def _layouts(x):
     n, c = x.shape
     padded = torch.zeros(n, c + 3, dtype=x.dtype, device=x.device)
@@ -139,9 +145,10 @@ def _layouts(x):
 
 @each_dtype
 @each_kernel
+@pytest.mark.parametrize("case", LAYOUTS, ids=lambda c: c.id)
 @pytest.mark.parametrize("layout", ["transposed", "column-slice", "misaligned", "every-second-row", "flipped-storage"])
-def test_layout_does_not_change_a_bit(layout, backend, device, dtype):
-    inputs = cast(Case("layout", (67, 35), ("offset", "rows", "smoothing"), 2).build(), dtype, device)
+def test_layout_does_not_change_a_bit(layout, case, backend, device, dtype):
+    inputs = cast(case.build(), dtype, device)
     expected, expected_gradients = run(inputs, backend)
     strided = {**inputs, "logits": _layouts(inputs["logits"])[layout]}
     out, gradients = run(strided, backend)
@@ -179,6 +186,7 @@ def test_repeats_bitwise(backend, device):
 @pytest.mark.skipif("native" not in backends.available("softmax_loss", "cpu"), reason="no compiled CPU kernels")
 def test_any_number_of_threads_gives_the_same_bits():
     cases = [ALL, Case("threads", (301, 77), ALL_HARD, 2), Case("threads-wide", (150, 301), ("group", "joint"), 2)]
+    cases.append(Case("threads-narrow", (3000, 2), ("ignore", "group", "joint"), 2))
     threads = torch.get_num_threads()
     try:
         for case in cases:

@@ -36,7 +36,7 @@ struct NarrowTile {
     const T* start[kRows];
     find(in.logits, start);
     for (int64_t c = 0; c < in.C; ++c) logits[c] = gather(start, c * in.logits.stride_c);
-    for (int64_t r = 0; r < kRows; ++r) {
+    for (int64_t r = 0; r < kRows; ++r) {  // as resolve(), of which this needs little
       const int64_t i = row(r), y = in.target[i], g = in.group ? in.group[i] : 0, k = in.cell ? in.cell[i] : -1;
       valid[r] = classify_label(y, in.C, in.ignore_index) == LabelKind::kValid && g >= -1 && g < in.G;
       label[r] = valid[r] ? static_cast<Label>(y) : 0;
