@@ -44,9 +44,10 @@ def test_exponential_is_within_its_stated_error():
     assert error.max().item() < 2e-7
 
 
-def test_exponential_at_the_ends():
-    x = torch.tensor([[0.0, -0.0, -88.5, -200.0, -torch.inf, torch.nan, 1.0, -1.0]])
-    y = exponential(x)[0]
+@pytest.mark.parametrize("shape", [(1, 24), (24, 1)], ids=["wide", "narrow"])
+def test_exponential_at_the_ends(shape):
+    x = torch.tensor([0.0, -0.0, -88.5, -200.0, -torch.inf, torch.nan, 1.0, -1.0]).repeat(3).view(shape)
+    y = exponential(x).flatten()
     assert y[:2].tolist() == pytest.approx([1.0, 1.0], rel=2e-7)
     assert y[2:5].tolist() == [0.0, 0.0, 0.0]
     assert bool(y[5].isnan())
