@@ -173,6 +173,7 @@ void narrow_backward_chunk(const Backward<T>& b, int64_t chunk, acc_t<T> weight_
         upstream[c] = label == column++ ? load(hit) : Vec<A>{};
         if (b.grad_mass) upstream[c] += Tile::gather(mass, c);
         if (b.grad_joint) upstream[c] += Tile::gather(joint, c);
+        upstream[c] *= b.statistics_scale;
         return p[c] * upstream[c];
       });
     }
