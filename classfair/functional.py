@@ -52,14 +52,18 @@ def _target_arguments(
     check.check_device(function, "target", target, logits.device)
     if not target.is_floating_point():
         check.check_labels_tensor(function, "target", target, rows_shape)
-        flat_target = target if target.dim() == 1 and target.is_contiguous() else target.reshape(-1).contiguous()
-        return {"target": flat_target}, None
+        return {"target": _flat(target)}, None
     check.check_floats(function, "target (probabilities)", target, logits.shape)
     arguments: dict[str, Any] = {"soft_target": target.detach().to(check.acc_dtype(logits))}
     if label is not None:
         check.check_labels_tensor(function, "label", label, rows_shape)
         arguments["target"] = label.reshape(-1)
     return arguments, None
+
+
+def _flat(labels: Tensor) -> Tensor:
+    """(R,) contiguous, without an operator where they are."""
+    return labels if labels.dim() == 1 and labels.is_contiguous() else labels.reshape(-1).contiguous()
 
 
 def _mix(function: str, logits: Tensor, lam: Any, rows_shape: torch.Size) -> Tensor:
@@ -388,7 +392,7 @@ def cross_entropy_with_stats(
     arguments["num_groups"] = groups
     arguments["stats"] = STATS_DIFFERENTIABLE if differentiable else STATS_VALUES
     if group is not None:
-        arguments["group"] = group.reshape(-1).contiguous()
+        arguments["group"] = _flat(group)
     backend = backends.choose("softmax_loss", problem.logits.device, backend)
     counted_label = _counted_label(arguments)
     cells = None

@@ -48,6 +48,7 @@ class Term(NamedTuple):
         return self.weight * reference.dependence(rows, count, self.cell, self.num_cells, information, self.weighted)
 
 
+_CELL = NUM_TENSORS - 1  # the last of the tensors
 #: As csrc/cpu/reduced_loss.cpp numbers them.
 KINDS = ("none", "l2", "mi", "iou")
 NO_TERM = Term("none")
@@ -73,8 +74,8 @@ _library.define(
 
 
 class ReducedLossFunction(Function):
-    """Outputs: the loss and, where they are differentiable, mass, hit and joint. What has no gradient goes to ``rest``,
-    because autograd takes 2 to 4 microseconds for each output."""
+    """Outputs: the loss and, where they are differentiable, mass, hit and, with cells, joint. What has no gradient goes
+    to ``rest``, because autograd takes 2 to 4 microseconds for each output."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Any:
@@ -91,12 +92,14 @@ class ReducedLossFunction(Function):
         ctx.save_for_backward(*own[:NUM_TENSORS], lse, lse_raw if own[-1] else lse, total_weight, *gradients)
         ctx.scalars, ctx.reduction, ctx.backend, ctx.term = own[NUM_TENSORS:], reduction, "native", term
         ctx.set_materialize_grads(False)
-        return (loss, mass, hit, joint) if own[-1] == STATS_DIFFERENTIABLE else loss
+        if own[-1] != STATS_DIFFERENTIABLE:
+            return loss
+        return (loss, mass, hit) if own[_CELL] is None else (loss, mass, hit, joint)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *others: Tensor | None) -> tuple:
         saved, gradients = ctx.saved_tensors[:NUM_SAVED], ctx.saved_tensors[NUM_SAVED:]
-        statistics = others or (None, None, None)
+        statistics = (*others, None, None, None)[:3]
         if torch.is_grad_enabled() or upstream is None:
             if upstream is not None and ctx.term.kind != "none":
                 statistics = tuple(map(_sum, statistics, ReducedLossFunction._differentiable(ctx, saved, upstream)))
@@ -149,5 +152,5 @@ def _apply(term: Term, *inputs: Any) -> tuple[Tensor, ...]:
     lse, total_weight, *statistics = rest
     if stats != STATS_DIFFERENTIABLE:
         return output, lse, total_weight, *statistics[: len(statistics) if stats else 0]
-    loss, mass, hit, joint = output
-    return loss, lse, total_weight, *statistics[:2], mass, hit, joint, statistics[-1]
+    loss, *statistics[2 : len(output) + 1] = output
+    return loss, lse, total_weight, *statistics

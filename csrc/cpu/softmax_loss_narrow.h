@@ -1,6 +1,6 @@
 // softmax_loss where rows have few classes: a vector holds one class of many rows, not many classes of one row.
-// Hard labels on plain logits (see Inputs::narrow). A row that is not in the loss or has no finite log-sum-exp is left
-// to the row code, so that only it knows what becomes of one; no statistic counts such a row.
+// Hard labels on plain logits (see Inputs::narrow). A row with a bad label or group or without a finite log-sum-exp is
+// left to the row code, so that only it knows what becomes of one; no statistic counts such a row.
 // Included once per instruction set, after softmax_loss_backward.h.
 
 namespace classfair {
@@ -26,9 +26,10 @@ struct NarrowTile {
 
   int64_t begin, count;
   Vec<A> logits[kNarrow];
-  bool valid[kRows];                  // neither ignored nor an error
+  LabelKind kind[kRows];
+  Label valid[kRows];                 // -1: in the loss, 0: ignored or an error
   Label label[kRows];                 // 0 where not valid
-  A weight[kRows];                    // of the label
+  A weight[kRows];                    // of the label, 0 where not valid
   int64_t group[kRows], cell[kRows];  // -1: in no statistic, in no joint row
 
   CLASSFAIR_INLINE NarrowTile(const Inputs<T>& in, int64_t begin, int64_t end)
@@ -38,17 +39,19 @@ struct NarrowTile {
     for (int64_t c = 0; c < in.C; ++c) logits[c] = gather(start, c * in.logits.stride_c);
     for (int64_t r = 0; r < kRows; ++r) {  // as resolve(), of which this needs little
       const int64_t i = row(r), y = in.target[i], g = in.group ? in.group[i] : 0, k = in.cell ? in.cell[i] : -1;
-      valid[r] = classify_label(y, in.C, in.ignore_index) == LabelKind::kValid && g >= -1 && g < in.G;
+      kind[r] = classify_label(y, in.C, in.ignore_index);
+      if (kind[r] == LabelKind::kValid && (g < -1 || g >= in.G)) kind[r] = LabelKind::kInvalid;
+      valid[r] = kind[r] == LabelKind::kValid ? -1 : 0;
       label[r] = valid[r] ? static_cast<Label>(y) : 0;
-      weight[r] = in.weight ? in.weight[label[r]] : A(1);
+      weight[r] = !valid[r] ? A(0) : in.weight ? in.weight[label[r]] : A(1);
       group[r] = valid[r] ? g : -1;
       cell[r] = group[r] >= 0 && k < in.cells ? k : -1;
     }
   }
   CLASSFAIR_INLINE int64_t row(int64_t r) const { return begin + std::min(r, count - 1); }
-  CLASSFAIR_INLINE Class labels() const {
+  CLASSFAIR_INLINE static Class lanes(const Label* values) {
     Class v;
-    std::memcpy(&v, label, sizeof(v));
+    std::memcpy(&v, values, sizeof(v));
     return v;
   }
   // Where the rows begin.
@@ -85,7 +88,7 @@ void narrow_forward_chunk(const Forward<T>& f, int64_t chunk, acc_t<T> weight_su
   for (int64_t begin = chunk * in.chunk_rows; begin < end; begin += kRows) {
     const Tile tile(in, begin, end);
     const Vec<A>* const x = tile.logits;
-    const typename Tile::Class label = tile.labels();
+    const typename Tile::Class label = Tile::lanes(tile.label), valid = Tile::lanes(tile.valid);
     Vec<A> largest = splat(-std::numeric_limits<A>::infinity()), chosen = {};
     typename Tile::Class first = {}, column = {};  // first maximum
     for (int64_t c = 0; c < in.C; ++c, column += 1) {
@@ -96,14 +99,15 @@ void narrow_forward_chunk(const Forward<T>& f, int64_t chunk, acc_t<T> weight_su
     Vec<A> e[kNarrow];
     const Vec<A> total = sum_classes<A>(in.C, [&](int64_t c) { return e[c] = exp(x[c] - largest); });
     const Vec<A> log_total = log(total);
-    store_some(f.loss + begin, load(tile.weight) * (log_total - (chosen - largest)), tile.count);
+    const Vec<A> zero = {}, loss = load(tile.weight) * (log_total - (chosen - largest));
+    store_some(f.loss + begin, valid ? loss : zero, tile.count);
     A sum[kRows], high[kRows], low[kRows];
-    store(sum, total), store(high, largest), store(low, log_total);
+    store(sum, total), store(high, valid ? largest : zero), store(low, valid ? log_total : zero);
     double lse[kRows];
     for (int64_t r = 0; r < kRows; ++r) lse[r] = static_cast<double>(high[r]) + static_cast<double>(low[r]);
     std::copy(lse, lse + tile.count, f.lse + begin);
-    // NaN, unless there is a finite logit and no other but -inf.
-    const auto good = [&](int64_t r) { return tile.valid[r] && sum[r] >= A(1); };
+    // The sum is NaN, unless there is a finite logit and no other but -inf.
+    const auto good = [&](int64_t r) { return tile.kind[r] != LabelKind::kInvalid && sum[r] >= A(1); };
     for (int64_t r = 0; r < tile.count; ++r) {
       if (good(r))
         weight += tile.weight[r];
@@ -141,7 +145,7 @@ void narrow_backward_chunk(const Backward<T>& b, int64_t chunk, acc_t<T> weight_
   const int64_t end = std::min((chunk + 1) * in.chunk_rows, in.rows);
   for (int64_t begin = chunk * in.chunk_rows; begin < end; begin += kRows) {
     const Tile tile(in, begin, end);
-    const typename Tile::Class label = tile.labels();
+    const typename Tile::Class label = Tile::lanes(tile.label), valid = Tile::lanes(tile.valid);
     double lse[kRows];
     A high[kRows], low[kRows], grad_loss[kRows] = {}, grad_lse[kRows] = {};
     for (int64_t r = 0; r < kRows; ++r) {
@@ -186,11 +190,11 @@ void narrow_backward_chunk(const Backward<T>& b, int64_t chunk, acc_t<T> weight_
       Vec<A> v = scale * (label == column ? less_one : p[c]) + scale_lse * p[c];
       if (b.statistics()) v += p[c] * (upstream[c] - dot);
       T lane[kRows];
-      store(lane, v);
+      store(lane, valid ? v : Vec<A>{});
       for (int64_t r = 0; r < tile.count; ++r) out[r][c * b.grad_logits.stride_c] = lane[r];
     }
     for (int64_t r = 0; r < tile.count; ++r)
-      if (!tile.valid[r] || !std::isfinite(lse[r])) backward_rows(b, chunk, begin + r, begin + r + 1, weight_sum);
+      if (tile.valid[r] && !std::isfinite(lse[r])) backward_rows(b, chunk, begin + r, begin + r + 1, weight_sum);
   }
 }
 
