@@ -98,7 +98,8 @@ class ReducedLossFunction(Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *others: Tensor | None) -> tuple:
-        saved, gradients = ctx.saved_tensors[:NUM_SAVED], ctx.saved_tensors[NUM_SAVED:]
+        tensors = ctx.saved_tensors
+        saved, gradients = tensors[:NUM_SAVED], tensors[NUM_SAVED:]
         statistics = (*others, None, None, None)[:3]
         if torch.is_grad_enabled() or upstream is None:
             if upstream is not None and ctx.term.kind != "none":
