@@ -84,6 +84,8 @@ Inputs<T> make_inputs(const Arguments& a) {
   // Small enough to balance, large enough that the partial sums of chunks stay a small part of the traffic.
   const int64_t summed = in.by_group ? 0 : in.narrow ? std::max(in.G, in.cells) : in.G;
   in.chunk_rows = std::max<int64_t>(in.narrow ? 256 : 32, in.stats ? 8 * summed : 0);
+  // There a chunk's partial sums are a row or two, and fewer chunks have fewer of them.
+  if (in.by_group) in.chunk_rows = std::clamp<int64_t>(in.rows / 16, 32, 128);
   in.chunk_rows = std::max<int64_t>(in.chunk_rows, in.rows / 256);
   return in;
 }
