@@ -17,6 +17,9 @@ from classfair import (
     iou_loss,
 )
 
+native_only = pytest.mark.skipif(
+    "native" not in backends.available("softmax_loss", "cpu"), reason="no compiled CPU kernels"
+)
 WEIGHT = 3.0
 #: Of the group penalties those that the loss's own operator computes, and others, which it calls.
 CARRIED = {
@@ -103,6 +106,7 @@ class _Corrupt:
 OUTPUTS = [("reduced_loss_fwd", i) for i in range(11)] + [("reduced_loss_bwd", i) for i in range(4)]
 
 
+@native_only
 @pytest.mark.parametrize(("operator", "output"), OUTPUTS)
 def test_a_corrupted_result_is_caught(operator, output, monkeypatch):
     logits, target, options = batch()
@@ -126,6 +130,7 @@ def test_other_dtypes_many_classes(name, dtype):
     torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in (taken, added)))
 
 
+@native_only
 @pytest.mark.parametrize("name", CARRIED)
 def test_it_is_one_autograd_node_where_it_can_be(name):
     logits, target, options = batch()
