@@ -43,9 +43,7 @@ def _target_arguments(
         for name in ("y_a", "y_b"):
             check.check_labels_tensor(function, f"target.{name}", getattr(target, name), rows_shape)
             check.check_device(function, f"target.{name}", getattr(target, name), logits.device)
-        flat = MixedTarget(
-            target.y_a.reshape(-1), target.y_b.reshape(-1), _mix(function, logits, target.lam, rows_shape)
-        )
+        flat = MixedTarget(_flat(target.y_a), _flat(target.y_b), _mix(function, logits, target.lam, rows_shape))
         return {"target": flat.y_a, "target_b": flat.y_b, "mix": flat.lam}, flat
     if not isinstance(target, Tensor):
         raise TypeError(f"{function}: expected target as a tensor or MixedTarget, got {type(target).__name__}")
@@ -57,7 +55,7 @@ def _target_arguments(
     arguments: dict[str, Any] = {"soft_target": target.detach().to(check.acc_dtype(logits))}
     if label is not None:
         check.check_labels_tensor(function, "label", label, rows_shape)
-        arguments["target"] = label.reshape(-1)
+        arguments["target"] = _flat(label)
     return arguments, None
 
 

@@ -14,7 +14,8 @@ import torch.multiprocessing as mp
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix
 from torch.utils import _pytree as pytree
 
-from classfair import BatchStats, backends, cross_entropy, cross_entropy_with_stats
+from classfair import BatchStats, MixedTarget, backends, cross_entropy, cross_entropy_with_stats
+from classfair.ops import label_index
 
 
 def batch(rows=60, classes=5, seed=0, dtype=torch.float32):
@@ -162,6 +163,25 @@ def test_statistics_of_dense_targets_use_the_given_label():
     _, hard = cross_entropy_with_stats(logits, target)
     assert torch.equal(stats.count, hard.count)
     torch.testing.assert_close(stats.hit, hard.hit)
+
+
+def test_labels_of_any_stride():
+    """Every second element of a longer vector, wherever labels and groups go in."""
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(40, 4, generator=g)
+    labels, groups = torch.randint(0, 4, (80,), generator=g), torch.randint(0, 3, (80,), generator=g)
+    probabilities = logits.softmax(1)
+
+    def results(own):
+        a, b, group = (own(t) for t in (labels[::2], labels[1::2], groups[::2]))
+        mixed = cross_entropy(logits, MixedTarget(a, b, 0.3))
+        dense = cross_entropy_with_stats(logits, probabilities, label=a, group=group, num_groups=3)[1]
+        hard = cross_entropy_with_stats(logits, a, group=group, num_groups=3, joint=True)[1]
+        index = label_index(a, 4, group, 3)
+        return mixed, dense.hit, dense.count, hard.mass, hard.joint.rows, hard.joint.cell, *index
+
+    for found, expected in zip(results(lambda t: t), results(torch.clone), strict=True):
+        assert torch.equal(found, expected)
 
 
 def test_images_of_labels():

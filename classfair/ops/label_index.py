@@ -119,6 +119,7 @@ def label_index(
     if group is not None:
         check_labels_tensor("label_index", "group", group, target.shape)
     name = backends.choose("label_index", target.device, backend)
+    group = None if group is None else group.contiguous()
     arguments = (target.contiguous(), group, num_classes, num_groups, ignore_index)
     if name == "reference":
         return LabelIndex(*reference.label_index(*arguments))
