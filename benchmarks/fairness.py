@@ -16,6 +16,7 @@ from torch import Tensor
 
 import classfair
 from classfair.ops import label_index
+from classfair.training.fairness import PENALTIES
 
 from . import machine
 from .measure import in_process, interleave, keep, seconds_per_call
@@ -40,22 +41,13 @@ def make_inputs(shape: tuple[int, int, int], dtype: torch.dtype = torch.float32)
     return Inputs(logits, target, group, groups)
 
 
-OURS: dict[str, Callable[[classfair.BatchStats], Tensor]] = {
-    "dp-l2": classfair.demographic_parity_loss,
-    "dp-mi": partial(classfair.demographic_parity_loss, kind="mi"),
-    "iou": classfair.iou_loss,
-    "eo-l2": classfair.equalized_odds_loss,
-    "eo-mi": partial(classfair.equalized_odds_loss, kind="mi"),
-}
-
-
 def _options(name: str, x: Inputs, cells: bool | str) -> dict[str, Any]:
     return {"group": x.group, "num_groups": x.groups, "joint": name.startswith("eo") and cells}
 
 
 def ours(name: str, x: Inputs, cells: bool | str = "contested") -> Tensor:
     """The loss takes the penalty along."""
-    given = {"penalty": OURS[name], "penalty_weight": WEIGHT}
+    given = {"penalty": PENALTIES[name], "penalty_weight": WEIGHT}
     return classfair.cross_entropy_with_stats(x.logits, x.target, **_options(name, x, cells), **given)[0]
 
 
@@ -63,7 +55,7 @@ def added(name: str, x: Inputs, backend: str | None = None) -> Tensor:
     """The penalty is added to the loss, as one does with a function of one's own."""
     options = _options(name, x, "contested" if backend is None else True)
     loss, stats = classfair.cross_entropy_with_stats(x.logits, x.target, **options, backend=backend)
-    return torch.add(loss, partial(OURS[name], backend=backend)(stats), alpha=WEIGHT)
+    return torch.add(loss, partial(PENALTIES[name], backend=backend)(stats), alpha=WEIGHT)
 
 
 def _dependence(rows: Tensor, count: Tensor, kind: str) -> Tensor:
@@ -182,7 +174,7 @@ def steps_of(name: str, x: Inputs, shape: tuple[int, int, int]) -> dict[str, Cal
 
 def measure(shape: str, seconds: float) -> list[dict[str, Any]]:
     x, rows = make_inputs(SHAPES[shape]), []
-    for name in OURS:
+    for name in PENALTIES:
         steps = steps_of(name, x, SHAPES[shape])
         steps["own cross-entropy"] = stepper(lambda: classfair.cross_entropy(x.logits, x.target), x)
         single = {k: seconds_per_call(s, 1, "cpu") for k, s in steps.items()}

@@ -136,3 +136,24 @@ def check_case(case: Case, backend: str, device: str, dtype: torch.dtype, **chan
 def _by_rows(*gradients: Tensor) -> tuple[Tensor, ...]:
     """Classes last, so that a row is a sample."""
     return tuple(g.movedim(1, -1) if g.dim() == 3 else g for g in gradients)
+
+
+class Corrupt:
+    """A back-end's namespace with the first element of one output of one operator slightly off, or left unwritten."""
+
+    def __init__(self, inner, operator, output, fill):
+        self.inner, self.operator, self.output, self.fill = inner, operator, output, fill
+
+    def __getattr__(self, name):
+        function = getattr(self.inner, name)
+        if name != self.operator:
+            return function
+
+        def corrupted(*arguments):
+            result = list(function(*arguments))
+            wrong = result[self.output].clone()
+            wrong.view(-1)[0] = self.fill(wrong.view(-1)[0])
+            result[self.output] = wrong
+            return tuple(result)
+
+        return corrupted

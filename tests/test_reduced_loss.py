@@ -17,6 +17,8 @@ from classfair import (
     iou_loss,
 )
 
+from .conformance import Corrupt
+
 native_only = pytest.mark.skipif(
     "native" not in backends.available("softmax_loss", "cpu"), reason="no compiled CPU kernels"
 )
@@ -86,23 +88,6 @@ def test_is_the_loss_plus_the_penalty(name, variant):
     check(PENALTIES[name], logits, target, **{"joint": True} | options | VARIANTS[variant])
 
 
-class _Corrupt:
-    """The native back-end with an output of an operator off in its last element."""
-
-    def __init__(self, inner, operator, output):
-        self.inner, self.operator, self.output = inner, operator, output
-
-    def __getattr__(self, name):
-        def call(*arguments):
-            result = list(getattr(self.inner, name)(*arguments))
-            if name == self.operator:
-                result[self.output] = result[self.output].clone()
-                result[self.output].view(-1)[-1] += 1
-            return tuple(result)
-
-        return call
-
-
 OUTPUTS = [("reduced_loss_fwd", i) for i in range(11)] + [("reduced_loss_bwd", i) for i in range(4)]
 
 
@@ -113,10 +98,10 @@ def test_a_corrupted_result_is_caught(operator, output, monkeypatch):
     g = torch.Generator().manual_seed(0)
     perturbation = {"offset": (4,), "margin": (4,), "pair": (4, 4)}
     options |= {k: torch.rand(*s, generator=g, dtype=torch.float64).requires_grad_() for k, s in perturbation.items()}
-    target[-1] = 3  # the last row counts, and the last class is hit
+    target[0], options["group"][0] = 0, 0  # the first row counts
     check(iou_loss, logits, target, joint=True, **options)
     real = backends.namespace
-    monkeypatch.setattr(backends, "namespace", lambda name: _Corrupt(real(name), operator, output))
+    monkeypatch.setattr(backends, "namespace", lambda name: Corrupt(real(name), operator, output, lambda v: v + 1))
     with pytest.raises(AssertionError):
         check(iou_loss, logits, target, joint=True, **options)
 
