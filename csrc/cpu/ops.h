@@ -4,18 +4,9 @@
 #include <cstdint>
 #include <tuple>
 
-#include "common.h"
+#include "softmax_loss_arguments.h"
 
 namespace classfair {
-
-// The scalars and tensors that both passes of softmax_loss take.
-struct SoftmaxLossArguments {
-  const Tensor& logits;
-  const OptionalTensor &offset, &margin, &pair, &target, &target_b, &mix, &soft_target, &slot, &weight, &group, &cell;
-  int64_t num_groups, num_cells, ignore_index;
-  double label_smoothing, gamma;
-  int64_t stats;
-};
 
 // loss, lse, lse_raw, prediction, mass, hit, joint, counts, total_weight
 using SoftmaxLossResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;

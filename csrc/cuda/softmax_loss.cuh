@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/common.cuh"
+#include "softmax_loss_arguments.h"
 #include "terms.h"
 
 namespace classfair {
@@ -95,14 +96,7 @@ inline int row_width(int64_t C) {
 // A team wider than a warp is a block of its own.
 inline int row_threads(int width) { return width > kWarp ? width : kSmallBlock; }
 
-// The scalars and tensors that both passes take.
-struct Arguments {
-  const Tensor& logits;
-  const OptionalTensor &offset, &margin, &pair, &target, &target_b, &mix, &soft_target, &slot, &weight, &group, &cell;
-  int64_t num_groups, num_cells, ignore_index;
-  double label_smoothing, gamma;
-  int64_t stats;
-};
+using Arguments = SoftmaxLossArguments;
 
 template <class T>
 Rows<T> rows_view(const Tensor& t) {
