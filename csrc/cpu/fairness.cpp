@@ -151,7 +151,9 @@ std::tuple<Tensor, Tensor, Tensor> iou_penalty(const Tensor& mass, const Tensor&
   }
   dispatch_accumulate(mass, [&](auto tag) {
     using A = decltype(tag);
-    const IouInputs<A> in{data<A>(mass), data<A>(hit), count.data, G, C, skip, data<A>(grad_mass), data<A>(grad_hit)};
+    std::vector<A> all(3 * C);
+    const IouInputs<A> in{data<A>(mass), data<A>(hit),       count.data,        G,         C,
+                          skip,          data<A>(grad_mass), data<A>(grad_hit), all.data()};
     const PenaltyKernels<A> kernels = penalty_kernels<A>();
     std::vector<A> partial(2 * blocks * (G + 1)), iou(G + 1, A(0)), classes(G + 1, A(0)), slope(G + 1, A(0));
     const auto sums = [&](int64_t block) {

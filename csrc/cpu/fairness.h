@@ -30,6 +30,7 @@ struct IouInputs {
   int64_t G, C;
   bool skip;                // classes without a true sample
   A *grad_mass, *grad_hit;  // (G, C)
+  A* all;                   // (3, C) of zeros, for the sums over groups
 };
 
 // Of each group, then of all: (G + 1,) sums of IoU over classes and numbers of these classes.
@@ -43,9 +44,9 @@ struct PenaltyKernels {
   // The block's part of the value; writes its gradient.
   A (*squared_differences)(const DependenceBlock<A>&);
   A (*mutual_information)(const DependenceBlock<A>&);
-  // Sums over columns [begin, end).
+  // Sums over columns [begin, end); begins their gradients.
   void (*iou_sums)(const IouInputs<A>&, int64_t begin, int64_t end, const IouSums<A>&);
-  // Gradients of columns [begin, end), from those of the sums of IoU (G + 1,).
+  // Ends the gradients of columns [begin, end), from those of the sums of IoU (G + 1,).
   void (*iou_gradients)(const IouInputs<A>&, int64_t begin, int64_t end, const A* slope);
 };
 namespace baseline {

@@ -78,34 +78,33 @@ CLASSFAIR_INLINE Vec<A> counted_union(Vec<A> mass, Vec<A> hit, Vec<A> count, boo
   return skip ? (count > zero ? there : none) : there;
 }
 
-// Intersection, union and samples of one group, or of all (g = G).
-template <class A>
-struct Cells {
-  Vec<A> mass, hit, count;
-};
-template <class A>
-CLASSFAIR_INLINE Cells<A> cells(const IouInputs<A>& in, int64_t g, int64_t c, int64_t n) {
-  if (g < in.G) {
-    const int64_t at = g * in.C + c;
-    return {take(in.mass + at, n), take(in.hit + at, n), take_counts<A>(in.count + at, n)};
-  }
-  Cells<A> all{};
-  for (int64_t k = 0; k < in.G; ++k) {
-    const Cells<A> own = cells(in, k, c, n);
-    all = {all.mass + own.mass, all.hit + own.hit, all.count + own.count};
-  }
-  return all;
-}
-
+// Row by row, because what comes from another core then comes in long streams. A cell is read and divided by once: what
+// its derivatives are made of is left where they will be.
 template <class A>
 void iou_sums(const IouInputs<A>& in, int64_t begin, int64_t end, const IouSums<A>& sums) {
   const Vec<A> zero = {}, one = splat(A(1));
+  A *all_mass = in.all, *all_hit = all_mass + in.C, *all_count = all_hit + in.C;
   for (int64_t g = 0; g <= in.G; ++g) {
     Vec<A> iou = zero, classes = zero;
+    // I/U and, of its derivatives, I/U^2 and 1/U.
+    const auto cell = [&](Vec<A> mass, Vec<A> hit, Vec<A> count, A* squared, A* inverse, int64_t n) {
+      const Vec<A> whole = counted_union<A>(mass, hit, count, in.skip), ratio = hit / whole;
+      iou += ratio;
+      classes += count > zero ? one : zero;
+      put(squared, ratio / whole, n);
+      put(inverse, one / whole, n);
+    };
     each_vector<A>(begin, end, [&](int64_t c, int64_t n) {
-      const Cells<A> x = cells(in, g, c, n);
-      iou += x.hit / counted_union<A>(x.mass, x.hit, x.count, in.skip);
-      classes += x.count > zero ? one : zero;
+      if (g == in.G) {
+        cell(take(all_mass + c, n), take(all_hit + c, n), take(all_count + c, n), all_mass + c, all_hit + c, n);
+        return;
+      }
+      const int64_t at = g * in.C + c;
+      const Vec<A> mass = take(in.mass + at, n), hit = take(in.hit + at, n), count = take_counts<A>(in.count + at, n);
+      put(all_mass + c, take(all_mass + c, n) + mass, n);
+      put(all_hit + c, take(all_hit + c, n) + hit, n);
+      put(all_count + c, take(all_count + c, n) + count, n);
+      cell(mass, hit, count, in.grad_mass + at, in.grad_hit + at, n);
     });
     sums.iou[g] = sum_lanes<A>(iou);
     sums.classes[g] = in.skip ? sum_lanes<A>(classes) : A(end - begin);
@@ -114,21 +113,18 @@ void iou_sums(const IouInputs<A>& in, int64_t begin, int64_t end, const IouSums<
 
 template <class A>
 void iou_gradients(const IouInputs<A>& in, int64_t begin, int64_t end, const A* slope) {
-  each_vector<A>(begin, end, [&](int64_t c, int64_t n) {
-    // d(I/U): U holds -I, so that a hit counts twice.
-    const auto derivatives = [&](const Cells<A>& x, A scale, Vec<A>* by_union, Vec<A>* by_hit) {
-      const Vec<A> inverse = A(1) / counted_union<A>(x.mass, x.hit, x.count, in.skip);
-      *by_union = -scale * x.hit * inverse * inverse;
-      *by_hit = scale * inverse - *by_union;
-    };
-    Vec<A> all_union, all_hit, by_union, by_hit;
-    derivatives(cells(in, in.G, c, n), slope[in.G], &all_union, &all_hit);
-    for (int64_t g = 0; g < in.G; ++g) {
-      derivatives(cells(in, g, c, n), slope[g], &by_union, &by_hit);
-      put(in.grad_mass + g * in.C + c, by_union + all_union, n);
-      put(in.grad_hit + g * in.C + c, by_hit + all_hit, n);
-    }
-  });
+  // d(I/U): U holds -I, so that a hit counts twice.
+  const auto scale = [&](A* squared, A* inverse, A by, const A* more_mass, const A* more_hit) {
+    each_vector<A>(begin, end, [&](int64_t c, int64_t n) {
+      const Vec<A> of_union = -by * take(squared + c, n), of_hit = by * take(inverse + c, n) - of_union;
+      put(squared + c, more_mass ? of_union + take(more_mass + c, n) : of_union, n);
+      put(inverse + c, more_hit ? of_hit + take(more_hit + c, n) : of_hit, n);
+    });
+  };
+  A *all_mass = in.all, *all_hit = all_mass + in.C;
+  scale(all_mass, all_hit, slope[in.G], nullptr, nullptr);
+  for (int64_t g = 0; g < in.G; ++g)
+    scale(in.grad_mass + g * in.C, in.grad_hit + g * in.C, slope[g], all_mass, all_hit);
 }
 
 template <class A>
