@@ -261,13 +261,19 @@ void backward_rows(const Backward<T>& b, int64_t chunk, int64_t first, int64_t e
   A* sum_offset = b.partial_offset ? b.partial_offset + chunk * in.C : nullptr;
   int64_t previous = b.grad_pair && first > 0 ? resolve(in, in.visited(first - 1)).slot : -1;
   int64_t rows[kTile];
+  Row<A> resolved[kTile];
   for (int64_t begin = first; begin < end; begin += kTile) {
     const int64_t count = tile_rows(in, begin, end, rows);
     logits.prepare(rows, count);
     if (in.soft.data) soft.prepare(rows, count);
     for (int64_t r = 0; r < count; ++r) {
+      const Row<A>& row = resolved[r] = resolve(in, rows[r]);
+      // One number of each row, anywhere in a table that another core may have written.
+      if (b.grad_hit && row.label >= 0 && row.group >= 0) __builtin_prefetch(b.grad_hit + row.group * in.C + row.label);
+    }
+    for (int64_t r = 0; r < count; ++r) {
       const int64_t i = rows[r];
-      const Row<A> row = resolve(in, i);
+      const Row<A>& row = resolved[r];
       T* out = direct ? b.grad_logits.row(i) : tiles + (kTile + r) * in.C;
       if (row.kind != LabelKind::kValid) {
         std::fill(out, out + in.C, T(A(0)));
