@@ -139,6 +139,24 @@ CLASSFAIR_INLINE FloatV max(FloatV a, FloatV b) {
 }
 CLASSFAIR_INLINE DoubleV max(DoubleV a, DoubleV b) { return a > b ? a : b; }
 
+// The lanes in which a comparison holds, as bits.
+CLASSFAIR_INLINE unsigned lane_bits(Int32V mask) {
+#if CLASSFAIR_VECTOR_BYTES == 64
+  return _mm512_movepi32_mask((__m512i)mask);
+#elif CLASSFAIR_VECTOR_BYTES == 32
+  return _mm256_movemask_ps((__m256)mask);
+#else
+  unsigned bits = 0;
+  for (int i = 0; i < kLanes<float>; ++i) bits |= (mask[i] & 1u) << i;
+  return bits;
+#endif
+}
+CLASSFAIR_INLINE unsigned lane_bits(Int64V mask) {
+  unsigned bits = 0;
+  for (int i = 0; i < kLanes<double>; ++i) bits |= (mask[i] & 1u) << i;
+  return bits;
+}
+
 // e^x for x <= 88, relative error below 2e-7: x = n ln2 + r with |r| <= ln2 / 2, a minimax polynomial of e^r (own
 // Remez fit, relative error 7.6e-8) times 2^n. Results below 2^-126 / sqrt(2) are zero.
 CLASSFAIR_INLINE FloatV exp(FloatV x) {

@@ -37,42 +37,6 @@ CLASSFAIR_INLINE A row_max(const E* x, int64_t C) {
   return max_lanes<A>(max(max(m0, m1), max(m2, m3)));
 }
 
-template <class A>
-struct Maximum {
-  A value;
-  int64_t index;
-};
-
-// The maximum and where it is first; the index means nothing where there is a NaN.
-template <class E, class A = acc_t<E>>
-CLASSFAIR_INLINE Maximum<A> row_argmax(const E* x, int64_t C) {
-  using Index = typename VectorOf<A>::Mask;
-  constexpr A kNone = -std::numeric_limits<A>::infinity();
-  constexpr int64_t kWays = 4, kStep = kWays * kLanes<A>;
-  Vec<A> best[kWays];
-  Index at[kWays], step = {};  // of the best, and of this turn
-  for (int64_t k = 0; k < kWays; ++k) best[k] = splat(kNone), at[k] = step;
-  const auto look = [&](int64_t k, Vec<A> v) {
-    at[k] = v > best[k] ? step : at[k];
-    best[k] = max(best[k], v);
-  };
-  int64_t c = 0;
-  for (; c + kStep <= C; c += kStep, step += 1)
-    for (int64_t k = 0; k < kWays; ++k) look(k, load(x + c + k * kLanes<A>));
-  for (int64_t k = 0; c < C; ++k, c += kLanes<A>)
-    look(k, c + kLanes<A> <= C ? load(x + c) : load_some(x + c, C - c, kNone));
-  const A value = max_lanes<A>(max(max(best[0], best[1]), max(best[2], best[3])));
-  Index column = {}, first = column + std::numeric_limits<int32_t>::max();
-  for (int64_t lane = 0; lane < kLanes<A>; ++lane) column[lane] = lane;
-  for (int64_t k = 0; k < kWays; ++k, column += kLanes<A>) {
-    const Index found = at[k] * kStep + column;
-    first = (best[k] == value) & (found < first) ? found : first;
-  }
-  int64_t index = C;
-  for (int64_t lane = 0; lane < kLanes<A>; ++lane) index = std::min<int64_t>(index, first[lane]);
-  return {value, index};
-}
-
 // sum_c exp(x_c - m). kKeep: also writes the terms to e. kLinear: also sum_c w_c (x_c - m), w = 1 where null.
 // next: a row to fetch meanwhile, since this is all arithmetic and looking for the maximum all memory.
 template <bool kKeep, bool kLinear, class E, class T, class A = acc_t<E>>
@@ -187,12 +151,23 @@ class GroupSums {
   int pending_ = 0;
 };
 
-// As torch.argmax: the first maximum, or the first NaN.
+// As torch.argmax: the first maximum, or the first NaN. Looked for apart from row_max, because it is found halfway and
+// by a loop that does nothing else.
 template <class E, class A = acc_t<E>>
-int64_t prediction(const E* x, int64_t C, const Maximum<A>& max, bool finite) {
+int64_t prediction(const E* x, int64_t C, A max, bool finite) {
   for (int64_t c = 0; !finite && c < C; ++c)
     if (std::isnan(static_cast<A>(x[c]))) return c;
-  return max.index;
+  constexpr int64_t kWays = 4, kStep = kWays * kLanes<A>;
+  int64_t c = 0;
+  for (; c + kStep <= C; c += kStep) {
+    auto found = load(x + c) == max;
+    for (int64_t k = 1; k < kWays; ++k) found |= load(x + c + k * kLanes<A>) == max;
+    if (lane_bits(found)) break;
+  }
+  for (; c + kLanes<A> <= C; c += kLanes<A>)
+    if (const unsigned found = lane_bits(load(x + c) == max)) return c + __builtin_ctz(found);
+  while (c < C && static_cast<A>(x[c]) != max) ++c;
+  return c;
 }
 
 // Gathers (rows, C) from strided memory, a tile of neighbouring rows at a time.
