@@ -186,6 +186,7 @@ def test_repeats_bitwise(backend, device):
 @pytest.mark.skipif("native" not in backends.available("softmax_loss", "cpu"), reason="no compiled CPU kernels")
 def test_any_number_of_threads_gives_the_same_bits():
     cases = [ALL, Case("threads", (301, 77), ALL_HARD, 2), Case("threads-wide", (150, 301), ("group", "joint"), 2)]
+    cases.append(Case("threads-by-group", (150, 301), ("many_groups", "joint"), 2))
     cases.append(Case("threads-narrow", (3000, 2), ("ignore", "group", "joint"), 2))
     threads = torch.get_num_threads()
     try:

@@ -77,15 +77,16 @@ Inputs<T> make_inputs(const Arguments& a) {
   in.smoothing = static_cast<A>(a.label_smoothing);
   in.gamma = static_cast<A>(a.gamma);
   in.stats = a.stats;
-  // Rows are visited by group where one of them fills cache lines of its own: elsewhere that is random access.
-  in.by_group = in.stats && in.group && in.G > 1 && in.C >= 256 && in.logits.contiguous();
+  // Rows are visited by group where the sums of all groups would not stay in the cache. That is random access, which is
+  // bearable where a row fills cache lines of its own.
+  in.by_group = in.stats && in.group && in.G > 1 && in.G * in.C > kCachedSums && in.C >= 256 && in.logits.contiguous();
   in.narrow = in.C <= kNarrow && in.target && !in.target_b && !in.mix && !in.soft.data && !in.perturbed() &&
               in.smoothing == A(0) && in.gamma == A(0);
   // Small enough to balance, large enough that the partial sums of chunks stay a small part of the traffic.
-  const int64_t summed = in.by_group ? 0 : in.narrow ? std::max(in.G, in.cells) : in.G;
-  in.chunk_rows = std::max<int64_t>(in.narrow ? 256 : 32, in.stats ? 8 * summed : 0);
-  // There a chunk's partial sums are a row or two, and fewer chunks have fewer of them.
-  if (in.by_group) in.chunk_rows = std::clamp<int64_t>(in.rows / 16, 32, 128);
+  in.chunk_rows = in.narrow ? 256 : in.stats ? std::clamp<int64_t>(in.rows / 16, 32, 128) : 32;
+  if (in.stats && in.narrow) in.chunk_rows = std::max(in.chunk_rows, 8 * std::max(in.G, in.cells));
+  // By group, a chunk's partial sums are a row or two.
+  if (in.stats && !in.narrow && !in.by_group) in.chunk_rows = std::max(in.chunk_rows, 16 * in.G);
   in.chunk_rows = std::max<int64_t>(in.chunk_rows, in.rows / 256);
   return in;
 }

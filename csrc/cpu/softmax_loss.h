@@ -10,8 +10,9 @@
 
 namespace classfair {
 
-constexpr int64_t kTile = 16;    // rows gathered together when classes are not contiguous
-constexpr int64_t kNarrow = 16;  // classes up to which a vector holds many rows
+constexpr int64_t kTile = 16;             // rows gathered together when classes are not contiguous
+constexpr int64_t kNarrow = 16;           // classes up to which a vector holds many rows
+constexpr int64_t kCachedSums = 1 << 14;  // (G, C) sums up to which a chunk's are in the cache all the time
 
 // A (rows, C) view of (N, C) or (N, C, L) memory: row i = n * L + l.
 template <class T>
