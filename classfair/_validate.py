@@ -75,7 +75,7 @@ def check_range(function: str, name: str, value: float, low: float, high: float 
 
 
 def check_number(function: str, name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> None:
-    if not isinstance(value, Real):
+    if type(value) is not float and not isinstance(value, Real):  # the second question takes microseconds
         raise TypeError(f"{function}: expected {name} as a number, got {type(value).__name__}")
     check_range(function, name, float(value), low, high)
 

@@ -172,14 +172,19 @@ def _rows_to_come(target: Any) -> bool:
     return isinstance(target, Tensor) and target.requires_grad
 
 
-def _run(problem: _Problem, target: Any, reduction: str, backend: str, term: Term = NO_TERM) -> SoftmaxLoss:
-    """``term``: of the statistics, for the loss to take along where its operator :func:`serves`."""
+def _reduces(problem: _Problem, target: Any, reduction: str, backend: str) -> bool:
+    """Whether one operator computes the loss and reduces it."""
+    return problem.mixed is None and not _rows_to_come(target) and serves(problem.logits, reduction, backend)
+
+
+def _run(
+    problem: _Problem, target: Any, reduction: str, backend: str, reduces: bool, term: Term = NO_TERM
+) -> SoftmaxLoss:
+    """``term``: of the statistics, for the operator that reduces to take along."""
     if problem.mixed is None:
         once = "none" if _rows_to_come(target) else reduction
         arguments = {"logits": problem.logits, **problem.arguments, "reduction": once, "backend": backend}
-        if serves(problem.logits, once, backend):
-            return reduced_loss(term, **arguments)
-        return softmax_loss(**arguments)
+        return reduced_loss(term, **arguments) if reduces else softmax_loss(**arguments)
     # The pair row and the margin of each label perturb the logits in their own way: a pass for each label, the larger
     # share first because it is the one that the integer statistics count.
     y_a, y_b, lam = problem.mixed
@@ -302,7 +307,8 @@ def cross_entropy(
         ignore_index,
         reduction,
     )
-    out = _run(problem, target, reduction, backends.choose("softmax_loss", problem.logits.device, backend))
+    backend = backends.choose("softmax_loss", problem.logits.device, backend)
+    out = _run(problem, target, reduction, backend, _reduces(problem, target, reduction, backend))
     return _loss(problem, out, target, reduction)
 
 
@@ -397,10 +403,11 @@ def cross_entropy_with_stats(
     if joint:
         cells = _cells(counted_label, problem, groups, joint == "contested", backend)
         arguments |= {"cell": cells.slot, "num_cells": cells.key.shape[0]}
+    reduces = _reduces(problem, target, reduction, backend)
     term = None
-    if penalty is not None and _takes_term(problem, target, reduction, differentiable, backend):
+    if penalty is not None and reduces and differentiable:
         term = own_term(penalty, penalty_weight, cells)
-    out = _run(problem, target, reduction, backend, term or NO_TERM)
+    out = _run(problem, target, reduction, backend, reduces, term or NO_TERM)
     prediction = _given(out.prediction)
     stats = BatchStats.of_pass(
         _given(out.mass),
@@ -415,11 +422,6 @@ def cross_entropy_with_stats(
     if penalty is not None and term is None:
         loss = torch.add(loss, penalty(stats), alpha=penalty_weight)
     return loss, stats
-
-
-def _takes_term(problem: _Problem, target: Any, reduction: str, differentiable: bool, backend: str) -> bool:
-    once = problem.mixed is None and not _rows_to_come(target)
-    return differentiable and once and serves(problem.logits, reduction, backend)
 
 
 def _check_penalty(function: str, penalty: Any, weight: Any, reduction: str) -> float:
