@@ -37,6 +37,43 @@ CLASSFAIR_INLINE A row_max(const E* x, int64_t C) {
   return max_lanes<A>(max(max(m0, m1), max(m2, m3)));
 }
 
+// The maximum and the first block of columns in which it is; the block means nothing where there is a NaN.
+template <class A>
+struct Maximum {
+  static constexpr int64_t kWays = 4, kBlock = kWays * kLanes<A>;
+  A value;
+  int64_t block;
+};
+
+template <class E, class A = acc_t<E>>
+CLASSFAIR_INLINE Maximum<A> row_argmax(const E* x, int64_t C) {
+  using Index = typename VectorOf<A>::Mask;
+  constexpr A kNone = -std::numeric_limits<A>::infinity();
+  constexpr int64_t kBlock = Maximum<A>::kBlock;
+  Vec<A> best = splat(kNone);
+  Index block = {}, at = {};  // this one, and of the best
+  const auto look = [&](Vec<A> v) {
+    at = v > best ? block : at;
+    best = max(best, v);
+    block += 1;
+  };
+  int64_t c = 0;
+  for (; c + kBlock <= C; c += kBlock) {
+    const E* y = x + c;
+    look(max(max(load(y), load(y + kLanes<A>)), max(load(y + 2 * kLanes<A>), load(y + 3 * kLanes<A>))));
+  }
+  if (c < C) {
+    Vec<A> rest = splat(kNone);
+    for (; c + kLanes<A> <= C; c += kLanes<A>) rest = max(rest, load(x + c));
+    look(c < C ? max(rest, load_some(x + c, C - c, kNone)) : rest);
+  }
+  const A value = max_lanes<A>(best);
+  const Index first = best == value ? at : block;
+  int64_t found = first[0];
+  for (int64_t lane = 1; lane < kLanes<A>; ++lane) found = std::min<int64_t>(found, first[lane]);
+  return {value, found};
+}
+
 // sum_c exp(x_c - m). kKeep: also writes the terms to e. kLinear: also sum_c w_c (x_c - m), w = 1 where null.
 // next: a row to fetch meanwhile, since this is all arithmetic and looking for the maximum all memory.
 template <bool kKeep, bool kLinear, class E, class T, class A = acc_t<E>>
@@ -151,22 +188,19 @@ class GroupSums {
   int pending_ = 0;
 };
 
-// As torch.argmax: the first maximum, or the first NaN. Looked for apart from row_max, because it is found halfway and
-// by a loop that does nothing else.
+// As torch.argmax: the first maximum, or the first NaN.
 template <class E, class A = acc_t<E>>
-int64_t prediction(const E* x, int64_t C, A max, bool finite) {
+int64_t prediction(const E* x, int64_t C, const Maximum<A>& max, bool finite) {
   for (int64_t c = 0; !finite && c < C; ++c)
     if (std::isnan(static_cast<A>(x[c]))) return c;
-  constexpr int64_t kWays = 4, kStep = kWays * kLanes<A>;
-  int64_t c = 0;
-  for (; c + kStep <= C; c += kStep) {
-    auto found = load(x + c) == max;
-    for (int64_t k = 1; k < kWays; ++k) found |= load(x + c + k * kLanes<A>) == max;
-    if (lane_bits(found)) break;
+  int64_t c = max.block * Maximum<A>::kBlock;
+  if (c + Maximum<A>::kBlock <= C) {
+    uint64_t found = 0;
+    for (int64_t k = 0; k < Maximum<A>::kWays; ++k)
+      found |= uint64_t{lane_bits(load(x + c + k * kLanes<A>) == max.value)} << k * kLanes<A>;
+    if (found) return c + __builtin_ctzll(found);
   }
-  for (; c + kLanes<A> <= C; c += kLanes<A>)
-    if (const unsigned found = lane_bits(load(x + c) == max)) return c + __builtin_ctz(found);
-  while (c < C && static_cast<A>(x[c]) != max) ++c;
+  while (c < C && static_cast<A>(x[c]) != max.value) ++c;
   return c;
 }
 

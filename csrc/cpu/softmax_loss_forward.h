@@ -73,7 +73,7 @@ void forward_row(const Forward<T>& f, int64_t chunk, int64_t i, const Row<A>& ro
   // The softmax of a row that is alone in its cell is at hand; other cells have a pass.
   A* const own = f.joint && row.cell >= 0 && f.cell_rows(row.cell) == 1 ? f.joint + row.cell * in.C : nullptr;
   if (own) prefetch_for_write(own, in.C);
-  const A max = in.stats || !perturbed ? row_max(z, in.C) : A(0);
+  const Maximum<A> max = in.stats ? row_argmax(z, in.C) : Maximum<A>{perturbed ? A(0) : row_max(z, in.C), 0};
   if (perturbed) {
     A max_x = perturb(z, in.offset, row.slot >= 0 ? in.pair + row.slot * in.C : nullptr, in.C, x);
     if (in.margin && row.a >= 0) {
@@ -83,15 +83,15 @@ void forward_row(const Forward<T>& f, int64_t chunk, int64_t i, const Row<A>& ro
     lse = smooth ? log_sum<false, true>(x, in.C, max_x, none, in.weight, &linear, none, next)
                  : log_sum<false, false>(x, in.C, max_x, none, in.weight, none, none, next);
     finish(x);
-    if (in.stats) raw = log_sum<true, false>(z, in.C, max, e, in.weight, none, &sum_raw, z);
+    if (in.stats) raw = log_sum<true, false>(z, in.C, max.value, e, in.weight, none, &sum_raw, z);
     if (f.lse_raw) f.lse_raw[i] = raw.total();
   } else {
     if (in.stats)
-      lse = smooth ? log_sum<true, true>(z, in.C, max, e, in.weight, &linear, &sum_raw, next)
-                   : log_sum<true, false>(z, in.C, max, e, in.weight, none, &sum_raw, next);
+      lse = smooth ? log_sum<true, true>(z, in.C, max.value, e, in.weight, &linear, &sum_raw, next)
+                   : log_sum<true, false>(z, in.C, max.value, e, in.weight, none, &sum_raw, next);
     else
-      lse = smooth ? log_sum<false, true>(z, in.C, max, none, in.weight, &linear, none, next)
-                   : log_sum<false, false>(z, in.C, max, none, in.weight, none, none, next);
+      lse = smooth ? log_sum<false, true>(z, in.C, max.value, none, in.weight, &linear, none, next)
+                   : log_sum<false, false>(z, in.C, max.value, none, in.weight, none, none, next);
     finish(z);
     raw = lse;
   }
@@ -124,7 +124,7 @@ void skip_row(const Forward<T>& f, int64_t i, LabelKind kind, const T* z) {
   f.lse[i] = 0;
   if (f.lse_raw) f.lse_raw[i] = 0;
   if (!f.in.stats) return;
-  f.prediction[i] = prediction(z, f.in.C, row_max(z, f.in.C), false);
+  f.prediction[i] = prediction(z, f.in.C, row_argmax(z, f.in.C), false);
   f.row_statistics[i] = RowStatistics<A>::none();
 }
 
