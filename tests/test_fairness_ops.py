@@ -6,6 +6,7 @@ import torch
 from classfair import backends
 from classfair.ops.fairness import dependence, iou_penalty
 
+from .conformance import Corrupt
 from .conftest import runnable
 from .fairness_cases import DEPENDENCE, IOU, cells, groups, overlap
 
@@ -286,21 +287,6 @@ def test_any_number_of_threads_gives_the_same_bits():
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
-class _Corrupt:
-    """A back-end's namespace with an output of an operator off in its last element."""
-
-    def __init__(self, inner, output):
-        self.inner, self.output = inner, output
-
-    def __getattr__(self, name):
-        def call(*arguments):
-            result = [t.clone() for t in getattr(self.inner, name)(*arguments)]
-            result[self.output].view(-1)[-1] += 1e-4
-            return tuple(result)
-
-        return call
-
-
 @native_only
 @pytest.mark.parametrize(
     ("operator", "output"), [(dependence, 0), (dependence, 1), *((iou_penalty, i) for i in range(3))]
@@ -310,6 +296,8 @@ def test_a_corrupted_result_is_caught(operator, output, monkeypatch):
     named = {"mutual_information": True, "weighted": True} if operator is dependence else {"paired": True, "skip": True}
     check(operator, inputs, "native", "cpu", torch.float32, **named)
     real = backends.namespace
-    monkeypatch.setattr(backends, "namespace", lambda name: _Corrupt(real(name), output))
+    monkeypatch.setattr(
+        backends, "namespace", lambda name: Corrupt(real(name), operator.__name__, output, lambda v: v + 1e-4)
+    )
     with pytest.raises(AssertionError):
         check(operator, inputs, "native", "cpu", torch.float32, **named)
