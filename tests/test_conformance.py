@@ -203,6 +203,17 @@ def test_any_number_of_threads_gives_the_same_bits():
         torch.set_num_threads(threads)
 
 
+@each_dtype
+@each_backend
+@pytest.mark.parametrize("classes", [1, 3, 40])
+def test_a_certain_row_costs_exactly_nothing(classes, backend, device, dtype):
+    target = torch.arange(50) % classes
+    logits = (1000 * torch.nn.functional.one_hot(target, classes)).to(device, dtype)
+    out = softmax_loss(logits, target=target.to(device), stats=2, backend=backend)
+    assert not out.loss.any()
+    assert torch.equal(out.hit.sum(), torch.tensor(50.0, dtype=out.hit.dtype, device=device))
+
+
 @each_backend
 def test_values_only_statistics_cost_no_gradient(backend, device):
     inputs = cast(Case("values", (9, 6), ("group",), 1).build(), torch.float32, device)
