@@ -71,6 +71,8 @@ def check_matrix(function: str, name: str, value: Any) -> None:
 def check_range(function: str, name: str, value: float, low: float, high: float = math.inf) -> None:
     if not low <= value <= high:
         wanted = f"in [{low:g}, {high:g}]" if high < math.inf else f">= {low:g}"
+        if -low == high == math.inf:
+            wanted = "that is no NaN"
         raise ValueError(f"{function}: expected {name} {wanted}, got {value}")
 
 

@@ -35,7 +35,10 @@ def _checked(
     if not isinstance(stats, BatchStats):
         raise TypeError(f"{function}: expected stats as BatchStats, got {type(stats).__name__}")
     if joint and stats.joint is None:
-        raise ValueError(f"{function}: expected stats of with_stats(..., joint=True), got stats without joint")
+        raise ValueError(
+            f"{function}: expected stats of with_stats(..., joint=True), got stats without joint"
+            " (a sum of batches keeps none)"
+        )
     check.check_choice(function, "empty", empty, EMPTY)
     if sync and not stats.synced and dist.is_available() and dist.is_initialized():
         stats = replace(stats, joint=stats.joint if joint else None, confusion=None).all_reduce(process_group)
@@ -183,7 +186,8 @@ def iou_loss(
     :math:`U = \sum_i p(a|x_i) + n_{ag} - I` over the group's samples; :math:`\mathrm{IoU}_g` is the mean of I/U over
     classes, :math:`\mathrm{IoU}` the same with I and U summed over groups. The loss is
     :math:`\sum_g (\mathrm{IoU}_g - \mathrm{IoU})^2` (eq. 8 to 12). A perfect classifier scores exactly 0; so does
-    one that says the same of everything, which is why it is a penalty and not a loss of its own.
+    one that says the same of everything where the groups have the same labels, which is why it is a penalty and not a
+    loss of its own.
     Source: Hänel et al. 2022, section 3.3.
 
     Args:
@@ -228,6 +232,18 @@ def iou_loss(
     return _where_empty(value, count.sum(1) == 0 if empty == "zero" else count == 0, empty)
 
 
+def _unwrapped(penalty: Callable[[BatchStats], Tensor]) -> tuple[Callable[..., Tensor], dict[str, Any]]:
+    """The function behind a :class:`functools.partial`, and its options."""
+    if isinstance(penalty, partial) and not penalty.args:
+        return penalty.func, penalty.keywords
+    return penalty, {}
+
+
+def compares_groups(penalty: Callable[[BatchStats], Tensor]) -> bool:
+    """Whether it is one of this module's penalties."""
+    return _unwrapped(penalty)[0] in (demographic_parity_loss, equalized_odds_loss, iou_loss)
+
+
 def own_term(penalty: Callable[[BatchStats], Tensor], weight: float, cells: Cells | None) -> Term | None:
     """``weight`` times the penalty as a term that the loss's operator computes, or None where it cannot.
 
@@ -236,9 +252,7 @@ def own_term(penalty: Callable[[BatchStats], Tensor], weight: float, cells: Cell
     """
     if dist.is_available() and dist.is_initialized():
         return None
-    function, options = penalty, {}
-    if isinstance(penalty, partial) and not penalty.args:
-        function, options = penalty.func, penalty.keywords
+    function, options = _unwrapped(penalty)
     if function is iou_loss and not options:
         return Term("iou", weight)
     kind, weighted = options.get("kind", "l2"), options.get("weighted", False)

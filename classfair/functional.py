@@ -9,7 +9,7 @@ from torch import Tensor
 
 from classfair import _validate as check
 from classfair import backends
-from classfair.fairness import own_term
+from classfair.fairness import compares_groups, own_term
 from classfair.ops.label_index import Cells, contested_cells, label_index
 from classfair.ops.reduced_loss import NO_TERM, Term, reduced_loss, serves
 from classfair.ops.softmax_loss import (
@@ -349,11 +349,11 @@ def cross_entropy_with_stats(
             label the batch has in other groups too. :func:`equalized_odds_loss` compares no others and is cheaper so;
             with several processes it needs all, because another process may have a label in another group.
         confusion: also return the (C, C) confusion matrix; refused above 4096 classes.
-        differentiable: False for monitoring: same values, no gradient, no cost in backward.
+        differentiable: False for monitoring: same values, no gradient (nor from ``penalty``), no cost in backward.
         penalty: a function of the statistics whose value, a scalar, is added to a reduced loss: :func:`iou_loss`,
             ``functools.partial(equalized_odds_loss, kind="mi")``, one of your own. The same as adding it yourself, but
             the group penalties of this library are then computed with the loss, which saves a small batch a good part
-            of their cost.
+            of their cost. They need ``num_groups``. Part of the loss in evaluation too.
         penalty_weight: what the penalty is multiplied with.
 
     Returns:
@@ -389,7 +389,7 @@ def cross_entropy_with_stats(
     )
     check.check_choice(function, "joint", joint, (False, True, "contested"))
     if penalty is not None:
-        penalty_weight = _check_penalty(function, penalty, penalty_weight, reduction)
+        penalty_weight = _check_penalty(function, penalty, penalty_weight, reduction, num_groups)
     _check_statistics(function, problem, target, group, num_groups, label, confusion)
     arguments = problem.arguments
     groups = 1 if num_groups is None else num_groups
@@ -420,18 +420,27 @@ def cross_entropy_with_stats(
     )
     loss = _loss(problem, out, target, reduction)
     if penalty is not None and term is None:
-        loss = torch.add(loss, penalty(stats), alpha=penalty_weight)
+        loss = torch.add(loss, _scalar(function, penalty(stats)), alpha=penalty_weight)
     return loss, stats
 
 
-def _check_penalty(function: str, penalty: Any, weight: Any, reduction: str) -> float:
+def _check_penalty(function: str, penalty: Any, weight: Any, reduction: str, num_groups: Any) -> float:
     """The weight, which may be any real number, as a float."""
     if not callable(penalty):
         raise TypeError(f"{function}: expected penalty as a function of BatchStats, got {type(penalty).__name__}")
     check.check_number(function, "penalty_weight", weight)
     if reduction == "none":
         raise ValueError(f"{function}: expected reduction 'mean' or 'sum' with penalty, got 'none'")
+    if num_groups is None and compares_groups(penalty):  # of a single group it is 0, and nobody would notice
+        raise ValueError(f"{function}: expected group and num_groups with this penalty, got None")
     return float(weight)
+
+
+def _scalar(function: str, value: Any) -> Tensor:
+    if not isinstance(value, Tensor) or value.dim() > 0:
+        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{function}: expected penalty to return a scalar tensor, got {got}")
+    return value
 
 
 def _counted_label(arguments: dict[str, Any]) -> Tensor:  # (R,)
@@ -464,6 +473,8 @@ def _check_statistics(
         raise ValueError(f"{function}: expected label=(N,) with probability targets, got None")
     if label is not None and not dense:
         raise ValueError(f"{function}: expected label only with probability targets, got hard labels")
+    if num_groups is not None and (not isinstance(num_groups, int) or isinstance(num_groups, bool)):
+        raise TypeError(f"{function}: expected num_groups as an int, got {num_groups!r}")
     if group is not None:
         if num_groups is None:
             raise ValueError(f"{function}: expected num_groups with group, got None")

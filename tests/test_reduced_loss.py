@@ -228,6 +228,16 @@ def test_wrong_use_is_an_error_before_any_work():
     logits, target, options = batch()
     wrong = [
         (TypeError, "expected penalty as a function of BatchStats, got str", {"penalty": "iou"}),
+        (TypeError, r"expected penalty to return a scalar tensor, got \(3,\)", {"penalty": lambda s: s.mass.sum(1)}),
+        (TypeError, "expected penalty to return a scalar tensor, got float", {"penalty": lambda s: 0.0}),
+        (ValueError, "expected penalty_weight that is no NaN", {"penalty": iou_loss, "penalty_weight": float("nan")}),
+        (
+            ValueError,
+            "expected group and num_groups with this penalty, got None",
+            {"penalty": partial(iou_loss, reduction="mean"), "group": None, "num_groups": None},
+        ),
+        (TypeError, "expected num_groups as an int, got 2.0", {"num_groups": 2.0}),
+        (TypeError, "expected num_groups as an int, got True", {"num_groups": True}),
         (TypeError, "expected penalty_weight as a number, got str", {"penalty": iou_loss, "penalty_weight": "1"}),
         (
             ValueError,
@@ -248,4 +258,4 @@ def test_wrong_use_is_an_error_before_any_work():
     ]
     for error, message, more in wrong:
         with pytest.raises(error, match=message):
-            cross_entropy_with_stats(logits, target, **options, **more)
+            cross_entropy_with_stats(logits, target, **{**options, **more})
