@@ -213,6 +213,42 @@ def test_binary_auroc_and_undefined_ones():
     assert per_class.compute().isnan().tolist() == [False, False, True]
 
 
+def test_auroc_ranks_confident_models_by_log_odds():
+    torch.manual_seed(0)
+    target = torch.randint(0, 2, (20000,))
+    margin = torch.randn(20000) * 15 + 8 * (2 * target - 1).float() + 15  # p(1|x) rounds to 1 for many
+    metric = cm.AUROC(2)
+    metric.update(torch.stack([torch.zeros(20000), margin], 1), target)
+    assert metric.compute().item() == pytest.approx(roc_auc_score(target, margin), abs=1e-7)
+    assert metric.compute() > 0.77
+
+
+def test_auroc_of_confident_models_of_many_classes():
+    logits, target, _ = samples(1000)
+    logits = 200 * logits
+    logits[torch.rand(logits.shape) < 0.1] = -torch.inf
+    logits[:, 0] = logits[:, 0].nan_to_num(neginf=0.0)  # else it may be that all are -inf
+    logits[500:600] = logits[:100]
+    exact = logits.double()
+    for c, value in enumerate(auroc_per_class(logits, target)):
+        others = torch.cat([exact[:, :c], exact[:, c + 1 :]], 1).logsumexp(1)
+        odds = (exact[:, c] - others).clamp(-1e30, 1e30)
+        assert value == pytest.approx(roc_auc_score(target == c, odds), abs=1e-6)
+
+
+def test_auroc_counts_ties_by_half():
+    logits = torch.tensor([[2.0, 2.0], [-3.0, -3.0], [-torch.inf, 1.0], [-torch.inf, 500.0], [1.0, -torch.inf]])
+    target = torch.tensor([0, 1, 0, 1, 0])
+    scores = [0.5, 0.5, 1, 1, 0]
+    assert auroc_per_class(logits, target)[1] == pytest.approx(roc_auc_score(target, scores), abs=1e-7)
+
+
+def auroc_per_class(logits, target):
+    metric = cm.AUROC(logits.shape[1], average="none")
+    metric.update(logits, target)
+    return metric.compute().tolist()
+
+
 @pytest.mark.parametrize("norm", ["l1", "l2", "max"])
 def test_calibration_error_equals_torchmetrics(norm):
     logits, target, _ = samples(1000)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import binary_auroc
 
 from classfair import _validate as check
 from classfair.metrics import _charts
@@ -71,9 +69,9 @@ class _ScoreMetric(SummedMetric):
 class AUROC(_ScoreMetric):
     """Area under the ROC curve: of p(1|x) for two classes, averaged over classes or pairs of classes for more.
 
-    The curves are torchmetrics'; averages and names are those of ``sklearn.metrics.roc_auc_score``. Exact, and
-    therefore it keeps all scores: O(N C) memory. Rows that are ignored, not finite or labelled out of range are left
-    out.
+    Values, averages and names are those of ``sklearn.metrics.roc_auc_score``. Exact, and therefore it keeps all scores:
+    O(N C) memory. Logits are ranked by the log-odds of a class, in which a confident model has no ties where its
+    probabilities round to 1. Rows that are ignored, not finite or labelled out of range are left out.
 
     Args:
         num_classes: C >= 2.
@@ -111,9 +109,9 @@ class AUROC(_ScoreMetric):
     def _add_rows(self, scores: Tensor, target: Tensor) -> None:
         counted = self._counted(scores, target)
         acc = check.acc_dtype(scores)
-        # Logits of different samples compare only as probabilities.
-        scores = scores.to(acc).softmax(1) if self.preds == "logits" else scores.to(acc)
-        self.scores.append(scores.flatten())
+        if self.preds == "logits":  # of different samples; they do not compare as they are
+            scores = _log_odds(scores.double())  # rounded only below: the order of the classes makes no difference
+        self.scores.append(scores.to(acc).flatten())
         self.labels.append(torch.where(counted, target, -1))  # rows leave in compute: no wait for their number here
 
     def _sync_dist(self, *args: Any, **kwargs: Any) -> None:
@@ -161,13 +159,22 @@ class AUROC(_ScoreMetric):
         return torch.stack(curves).nanmean() if self.average == "macro" else _weighted(torch.stack(curves), weights)
 
 
+def _log_odds(logits: Tensor) -> Tensor:
+    """log p / (1 - p) of logits (N, C): in the order of p, but without end where p rounds to 1."""
+    largest, top = logits.max(1, keepdim=True)
+    others = logits.scatter(1, top, -torch.inf)
+    ratio = (others - largest).exp()  # to the largest, which is left out: 0
+    rest = (ratio.sum(1, keepdim=True) - ratio).clamp_min(0)  # of two classes exactly 0
+    odds = logits - largest - rest.log1p()
+    return odds.scatter(1, top, largest - others.logsumexp(1, keepdim=True))
+
+
 def _binary(score: Tensor, positive: Tensor) -> Tensor:
-    """Area under one curve; NaN without positives or negatives, where torchmetrics has 0."""
-    if not positive.any() or positive.all():
-        return score.new_full((), torch.nan)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return binary_auroc(score, positive.long(), validate_args=False).to(score.dtype)
+    """Share of the pairs of a positive and a negative sample that are in order, ties by half; NaN without a pair."""
+    levels, level = score.unique(return_inverse=True)
+    positives, negatives = (level[rows].bincount(minlength=len(levels)) for rows in (positive, ~positive))
+    twice = (positives * (2 * negatives.cumsum(0) - negatives)).sum()  # in integers
+    return (twice.double() / (2 * positives.sum() * negatives.sum())).to(score.dtype)
 
 
 def _weighted(values: Tensor, weights: Tensor) -> Tensor:
