@@ -276,6 +276,18 @@ def test_plots(name):
     plt.close("all")
 
 
+def test_rows_of_equalized_odds_are_named():
+    import matplotlib.pyplot as plt
+
+    for reduction, expected in (("overall", ["TPR", "FPR"]), ("by_group", ["TPR 0", "TPR 1", "FPR 0", "FPR 1"])):
+        metric = cm.EqualizedOdds(3, 2, reduction=reduction)
+        metric.update(torch.eye(3), torch.arange(3), torch.tensor([0, 1, 1]))
+        _, axes = metric.plot()
+        assert [label.get_text() for label in axes.get_yticklabels()] == expected
+        assert axes.get_ylabel().startswith("rate of")
+    plt.close("all")
+
+
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 ROWS = (torch.zeros(4, CLASSES), torch.zeros(4, dtype=torch.int64))

@@ -31,7 +31,7 @@ class PerClassAccuracy(_Accuracy):
 
     Returns:
         float64 ``(C,)``, or ``(G, C)`` where G > 1, in [0, 1], NaN for classes without a sample; with ``confidence`` a
-        dict of these, ``accuracy``, ``lower``, ``upper``.
+        dict of these, ``accuracy``, ``lower``, ``upper``. ``plot`` draws the intervals, where G > 1 none.
 
     Example:
         >>> metric = classfair.metrics.PerClassAccuracy(num_classes=3)

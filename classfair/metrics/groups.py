@@ -47,12 +47,6 @@ class _GroupMetric(ClassMetric):
             rates = rates[..., 1:]  # the positive class, as fairlearn: the ratios of the other one differ
         return between_groups(rates, self.reduction)
 
-    def _draw(self, value: Any, ax: Any) -> Any:
-        if value.dim() == 3:
-            rows = [f"{rate} {g}" for rate in ("TPR", "FPR") for g in range(self.num_groups)]
-            return _charts.heat_map(value.flatten(0, 1), ax, self._name, "class", "rate of group", rows)
-        return super()._draw(value, ax)
-
     def _axis(self) -> str:
         return "class"
 
@@ -121,6 +115,14 @@ class EqualizedOdds(_GroupMetric):
         others = count.sum(1, keepdim=True) - count
         false = (chosen - hit).clamp_min(0)  # soft sums are rounded on their own
         return torch.stack([hit / count, false / others])
+
+    def _draw(self, value: Any, ax: Any) -> Any:
+        if value.dim() == 0:
+            return super()._draw(value, ax)
+        if value.dim() == 2:
+            return _charts.heat_map(value, ax, self._name, "class", "rate of all groups", ["TPR", "FPR"])
+        rows = [f"{rate} {g}" for rate in ("TPR", "FPR") for g in range(self.num_groups)]
+        return _charts.heat_map(value.flatten(0, 1), ax, self._name, "class", "rate of group", rows)
 
 
 class GroupIoU(_GroupMetric):
