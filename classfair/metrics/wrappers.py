@@ -25,12 +25,14 @@ class StatsMetric(ClassMetric):
             to a tensor or a dict of tensors. To be pickled it must be a function of a module, no lambda.
 
     Returns:
-        What the function returns.
+        What the function returns: without a sample a penalty is 0 unless given ``empty="nan"``.
 
     Raises:
         TypeError: a function that cannot be called.
         ValueError: a function that fails on such statistics: it is called once, on those of no sample. Equalized odds
-            of a whole set is :class:`EqualizedOdds`, ``soft=True`` for that of the probabilities.
+            of a whole set is :class:`EqualizedOdds`, ``soft=True`` for that of the probabilities;
+            :func:`classfair.equalized_odds_loss` averaged over batches is torchmetrics' ``MeanMetric``, see
+            ``docs/metrics.md``.
 
     Example:
         >>> metric = classfair.metrics.StatsMetric(3, classfair.effective_frequency)
