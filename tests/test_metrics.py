@@ -112,3 +112,16 @@ def test_geometric_mean_replaces_exact_zeros_only():
 def test_bad_input_says_what_was_expected(call, message):
     with pytest.raises(ValueError, match=rf"^\w+_accuracy: .*{message}"):
         call()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: metrics.geometric_mean_accuracy([0.5], eps="1"), "geometric_mean_accuracy: expected eps"),
+        (lambda: metrics.shot_accuracy([0.5], [1], many="5"), "shot_accuracy: expected many"),
+        (lambda: metrics.wilson_interval([1], [2], "95"), "wilson_interval: expected confidence"),
+    ],
+)
+def test_parameters_that_are_no_numbers(call, message):
+    with pytest.raises(TypeError, match=f"^{message} as a number, got str$"):
+        call()

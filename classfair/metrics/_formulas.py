@@ -10,6 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from classfair import _validate as check
+
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
@@ -45,6 +47,8 @@ def as_accuracies(value: Any, function: str, name: str = "acc") -> Array:
 
 def shot_groups(function: str, train_count: Array, many: float, few: float) -> dict[str, Mask]:
     """(C,) masks of the many-, medium- and few-shot classes."""
+    check.check_number(function, "many", many)
+    check.check_number(function, "few", few)
     if not 0 <= few <= many:
         raise ValueError(f"{function}: expected 0 <= few <= many, got few={few}, many={many}")
     is_many, is_few = train_count > many, train_count < few
@@ -66,6 +70,7 @@ def frequency_order(train_count: Array) -> NDArray[np.int64]:
 
 def normal_quantile(function: str, confidence: float) -> float:
     """How many standard deviations to either side hold a share ``confidence`` of a normal distribution."""
+    check.check_number(function, "confidence", confidence)
     if not 0 < confidence < 1:
         raise ValueError(f"{function}: expected confidence in (0, 1), got {confidence}")
     return NormalDist().inv_cdf((1 + confidence) / 2)

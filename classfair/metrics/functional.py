@@ -2,7 +2,8 @@
 
 Inputs are NumPy arrays, sequences or tensors of any device and number type; the arithmetic is
 float64. Accuracies are fractions in [0, 1]. A class without test images has accuracy nan, and every
-mean leaves it out; a mean over no class at all is nan. Wrong input raises ``ValueError``.
+mean leaves it out; a mean over no class at all is nan. Wrong input raises ``ValueError``, a parameter that
+is no number ``TypeError``.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from classfair import _validate as check
 from classfair.metrics._formulas import (
     Array,
     as_accuracies,
@@ -247,6 +249,7 @@ def geometric_mean_accuracy(acc: Any, eps: float = 1e-3) -> float:
     """
     function = "geometric_mean_accuracy"
     acc = as_accuracies(acc, function)
+    check.check_number(function, "eps", eps)
     if not 0 < eps <= 1:
         raise ValueError(f"{function}: expected eps in (0, 1], got {eps}")
     present = acc[~np.isnan(acc)]

@@ -25,12 +25,12 @@ class _ScoreMetric(SummedMetric):
         for name in DIAGNOSTICS:
             self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, preds: Tensor, target: Tensor, group: Tensor | None = None) -> None:
+    def update(self, preds: Tensor, target: Tensor | None = None, group: Tensor | None = None) -> None:
         """Add a batch.
 
         Args:
             preds: ``(N, C)`` or ``(N, C, d1, ...)`` logits or probabilities, as ``preds`` of the class says.
-            target: int64 ``(N,)`` or ``(N, d1, ...)``.
+            target: int64 ``(N,)`` or ``(N, d1, ...)``; always needed.
             group: ignored, for a ``MetricCollection`` with metrics of groups.
 
         Raises:
@@ -38,6 +38,14 @@ class _ScoreMetric(SummedMetric):
                 probabilities, as :meth:`ClassMetric.update`.
         """
         self._add_rows(*self._rows(preds, target))
+
+    def update_from(self, stats: BatchStats) -> None:
+        """Not possible: statistics hold no scores.
+
+        Raises:
+            TypeError: always.
+        """
+        self._rows(stats, None)
 
     def _add_rows(self, scores: Tensor, target: Tensor) -> None:
         """Add scores (N, C) and labels (N,)."""
@@ -49,6 +57,8 @@ class _ScoreMetric(SummedMetric):
             raise TypeError(
                 f"{self._name}: expected {self.preds}, got BatchStats, which hold sums of probabilities only"
             )
+        if target is None:
+            raise ValueError(f"{self._name}: expected target with preds, got None")
         scores = check_scores(self, preds, target)
         return scores.detach().movedim(1, -1).reshape(-1, self.num_classes), target.reshape(-1)
 
