@@ -78,8 +78,8 @@ CLASSFAIR_INLINE Vec<A> counted_union(Vec<A> mass, Vec<A> hit, Vec<A> count, boo
   return skip ? (count > zero ? there : none) : there;
 }
 
-// Row by row, because what comes from another core then comes in long streams. A cell is read once: what its derivatives
-// are made of is left where they will be.
+// Row by row, because what comes from another core then comes in long streams. A cell is read once: what its
+// derivatives are made of is left where they will be.
 template <class A>
 void iou_sums(const IouInputs<A>& in, int64_t begin, int64_t end, const IouSums<A>& sums) {
   const Vec<A> zero = {}, one = splat(A(1));
