@@ -82,6 +82,13 @@ def check_number(function: str, name: str, value: Any, low: float = -math.inf, h
     check_range(function, name, float(value), low, high)
 
 
+def check_size(function: str, name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{function}: expected {name} as an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{function}: expected {name} >= 1, got {value}")
+
+
 def check_choice(function: str, name: str, value: Any, choices: Sequence[Any]) -> None:
     if value not in choices:
         wanted = ", ".join(repr(c) for c in choices[:-1]) + f" or {choices[-1]!r}"

@@ -473,8 +473,8 @@ def _check_statistics(
         raise ValueError(f"{function}: expected label=(N,) with probability targets, got None")
     if label is not None and not dense:
         raise ValueError(f"{function}: expected label only with probability targets, got hard labels")
-    if num_groups is not None and (not isinstance(num_groups, int) or isinstance(num_groups, bool)):
-        raise TypeError(f"{function}: expected num_groups as an int, got {num_groups!r}")
+    if num_groups is not None:
+        check.check_size(function, "num_groups", num_groups)
     if group is not None:
         if num_groups is None:
             raise ValueError(f"{function}: expected num_groups with group, got None")
@@ -482,8 +482,6 @@ def _check_statistics(
         check.check_device(function, "group", group, problem.logits.device)
     elif num_groups is not None and num_groups > 1:
         raise ValueError(f"{function}: expected group with num_groups={num_groups}, got None")
-    if num_groups is not None and num_groups < 1:
-        raise ValueError(f"{function}: expected num_groups >= 1, got {num_groups}")
     num_classes = problem.logits.shape[1]
     if confusion and num_classes > MAX_CONFUSION_CLASSES:
         raise ValueError(

@@ -236,8 +236,8 @@ def test_wrong_use_is_an_error_before_any_work():
             "expected group and num_groups with this penalty, got None",
             {"penalty": partial(iou_loss, reduction="mean"), "group": None, "num_groups": None},
         ),
-        (TypeError, "expected num_groups as an int, got 2.0", {"num_groups": 2.0}),
-        (TypeError, "expected num_groups as an int, got True", {"num_groups": True}),
+        (TypeError, "expected num_groups as an int, got float", {"num_groups": 2.0}),
+        (TypeError, "expected num_groups as an int, got bool", {"num_groups": True}),
         (TypeError, "expected penalty_weight as a number, got str", {"penalty": iou_loss, "penalty_weight": "1"}),
         (
             ValueError,

@@ -33,7 +33,7 @@ class SummedMetric(Metric):
 
     def __init__(self, num_classes: int, *, preds: str, ignore_index: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        check_size(self._name, "num_classes", num_classes)
+        check.check_size(self._name, "num_classes", num_classes)
         check.check_choice(self._name, "preds", preds, PREDS)
         if not isinstance(ignore_index, int):
             raise TypeError(f"{self._name}: expected ignore_index as an int, got {type(ignore_index).__name__}")
@@ -164,7 +164,7 @@ class ClassMetric(SummedMetric):
         **kwargs: Any,
     ) -> None:
         super().__init__(num_classes, preds=preds, ignore_index=ignore_index, **kwargs)
-        check_size(self._name, "num_groups", num_groups)
+        check.check_size(self._name, "num_groups", num_groups)
         self.num_groups = num_groups
         self._check_probabilities(self._needs_probabilities)
         for name in COUNTS:
@@ -325,10 +325,3 @@ def wrong_probabilities(metric: SummedMetric, scores: Tensor, counted: Tensor) -
 def host_can_look(device: torch.device) -> bool:
     """Whether the values of a tensor can be read without waiting for its device."""
     return device.type == "cpu"
-
-
-def check_size(function: str, name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{function}: expected {name} as an int, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{function}: expected {name} >= 1, got {value}")

@@ -11,7 +11,7 @@ from classfair import _validate as check
 from classfair.functional import MAX_CONFUSION_CLASSES
 from classfair.metrics import _charts
 from classfair.metrics._formulas import as_counts, frequency_order
-from classfair.metrics.base import ClassMetric, check_size
+from classfair.metrics.base import ClassMetric
 from classfair.metrics.splits import class_vector
 from classfair.statistics import NORMALIZE, BatchStats, prediction_bias
 
@@ -159,7 +159,7 @@ class ConfusionMatrix(ClassMetric):
     confusion: Tensor
 
     def __init__(self, num_classes: int, *, preds: str = "logits", **kwargs: Any) -> None:
-        check_size(type(self).__name__, "num_classes", num_classes)
+        check.check_size(type(self).__name__, "num_classes", num_classes)
         if num_classes > MAX_CONFUSION_CLASSES:
             raise ValueError(
                 f"{type(self).__name__}: expected at most {MAX_CONFUSION_CLASSES} classes, got {num_classes}"

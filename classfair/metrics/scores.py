@@ -9,7 +9,7 @@ from torch import Tensor
 
 from classfair import _validate as check
 from classfair.metrics import _charts
-from classfair.metrics.base import DIAGNOSTICS, SummedMetric, check_scores, check_size, wrong_probabilities
+from classfair.metrics.base import DIAGNOSTICS, SummedMetric, check_scores, wrong_probabilities
 from classfair.statistics import BatchStats
 
 
@@ -229,7 +229,7 @@ class CalibrationError(_ScoreMetric):
         self, num_classes: int, *, n_bins: int = 15, norm: str = "l1", per_class: bool = False, **kwargs: Any
     ) -> None:
         super().__init__(num_classes, **kwargs)
-        check_size(self._name, "n_bins", n_bins)
+        check.check_size(self._name, "n_bins", n_bins)
         check.check_choice(self._name, "norm", norm, ("l1", "l2", "max"))
         self.n_bins, self.norm, self.per_class = n_bins, norm, per_class
         rows = num_classes if per_class else 1
