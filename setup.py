@@ -14,7 +14,7 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).parent
-RELEASE_ARCHS = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
+RELEASE_ARCHS = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "11.0", "12.0"]
 # One binary serves every torch from 2.10 on: only the stable ABI of that version may be used.
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 
@@ -37,7 +37,7 @@ def nvcc_version(nvcc: str) -> str:
 
 
 def cuda_archs(nvcc: str) -> str:
-    """The visible GPU's architecture, else a pair that runs on every data-centre GPU since Ampere."""
+    """The visible GPUs' architectures, else a pair that runs on every data-centre GPU since Ampere."""
     import torch
 
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
@@ -48,7 +48,8 @@ def cuda_archs(nvcc: str) -> str:
     if listed:
         return listed
     if torch.cuda.is_available():
-        return "{}.{}".format(*torch.cuda.get_device_capability())
+        visible = {torch.cuda.get_device_capability(gpu) for gpu in range(torch.cuda.device_count())}
+        return ";".join(f"{major}.{minor}" for major, minor in sorted(visible)) + "+PTX"
     return "8.0;9.0+PTX"
 
 

@@ -132,7 +132,7 @@ def autocast_loss(inputs: Inputs) -> LossAndStats:
 
 def kernels(device: str) -> tuple[str, ...]:
     """Back-ends of their own code, without the oracle."""
-    return tuple(b for b in backends.available("softmax_loss", device) if b != "reference")
+    return tuple(b for b in backends.usable("softmax_loss", torch.device(device)) if b != "reference")
 
 
 def names(case: Case, device: str) -> tuple[str, ...]:

@@ -35,7 +35,7 @@ def zero_state(num_classes: int, dim: int, covariance: str, dtype: torch.dtype, 
 
 def index_labels(target: Tensor, num_classes: int, ignore_index: int, backend: str | None) -> LabelIndex:
     """The labels present, by the same back-end where it can."""
-    if backend not in backends.available("label_index", target.device.type):
+    if backend not in backends.usable("label_index", target.device):
         backend = None  # class_moments says what is wrong with the name
     return label_index(target, num_classes, ignore_index=ignore_index, backend=backend)
 

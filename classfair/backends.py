@@ -33,6 +33,9 @@ load_errors: dict[str, str] = {}
 # (primitive, device type) -> back-ends that serve it; filled once by discover().
 _available: dict[tuple[str, str], tuple[str, ...]] = {}
 
+# GPU -> what why_unusable() found.
+_unusable: dict[int, str] = {}
+
 
 def _load(module: str) -> None:
     try:
@@ -87,13 +90,34 @@ def discover() -> None:
 
 
 def available(primitive: str, device_type: str) -> tuple[str, ...]:
-    """Back-ends that serve a primitive on a type of device, fastest first."""
+    """Back-ends with kernels for a primitive on a type of device, fastest first."""
     return _available.get((primitive, device_type), ("reference",))
+
+
+@torch.compiler.assume_constant_result
+def _why_unusable(gpu: int) -> str:
+    """Why ``classfair._cuda``, which could be imported, cannot run on a GPU (built for others, driver too old); empty
+    where it can. Asked once per GPU, because it starts CUDA there."""
+    if gpu not in _unusable:
+        _unusable[gpu] = importlib.import_module("classfair._cuda").why_unusable(gpu)
+    return _unusable[gpu]
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def usable(primitive: str, device: torch.device) -> tuple[str, ...]:
+    """Back-ends that serve a primitive on this device, fastest first."""
+    serving = available(primitive, device.type)
+    if device.type == "cuda" and "native" in serving and _why_unusable(_index(device)):
+        return tuple(b for b in serving if b != "native")
+    return serving
 
 
 def choose(primitive: str, device: torch.device, backend: str | None) -> str:
     """The back-end to use; RuntimeError if the named one cannot run here."""
-    serving = available(primitive, device.type)
+    serving = usable(primitive, device)
     if backend is None:
         return serving[0]
     if backend in serving:
@@ -102,23 +126,25 @@ def choose(primitive: str, device: torch.device, backend: str | None) -> str:
         raise ValueError(f"{primitive}: expected backend 'native', 'triton' or 'reference', got {backend!r}")
     here = ", ".join(repr(b) for b in serving)
     raise RuntimeError(
-        f"{primitive}: backend {backend!r} cannot run on device {device.type!r}"
-        f" ({why_missing(primitive, device.type, backend)}); available here: {here}"
+        f"{primitive}: backend {backend!r} cannot run on device {str(device)!r}"
+        f" ({why_missing(primitive, device, backend)}); available here: {here}"
     )
 
 
-def why_missing(primitive: str, device_type: str, backend: str) -> str:
+def why_missing(primitive: str, device: torch.device, backend: str) -> str:
     """One line for doctor and for errors."""
     if backend == "native":
-        module = "_C" if device_type == "cpu" else "_cuda"
+        module = "_C" if device.type == "cpu" else "_cuda"
         if module in load_errors:
             return f"classfair.{module}: {load_errors[module]}"
+        if device.type == "cuda" and _why_unusable(_index(device)):
+            return f"classfair._cuda: {_why_unusable(_index(device))}"
     if backend == "triton":
         if "kernels" in load_errors:
             return f"classfair.kernels: {load_errors['kernels']}"
-        if device_type == "cpu":
+        if device.type == "cpu":
             return "needs CUDA"
-    return f"no {device_type} kernel for {primitive}"
+    return f"no {device.type} kernel for {primitive}"
 
 
 def namespace(backend: str) -> Any:

@@ -142,13 +142,14 @@ def _check(primitive: str, device: str, backend: str) -> dict[str, str]:
     """One row: status is ok, unavailable or broken."""
     if device == "cuda" and not torch.cuda.is_available():
         return {"status": "unavailable", "detail": "no CUDA device"}
-    if backend not in backends.available(primitive, device):
-        return {"status": "unavailable", "detail": backends.why_missing(primitive, device, backend)}
+    here = torch.device(device)
+    if backend not in backends.usable(primitive, here):
+        return {"status": "unavailable", "detail": backends.why_missing(primitive, here, backend)}
     try:
         _SELF_TESTS[primitive](backend, device)
     except Exception as error:  # whatever a broken install throws is what doctor is there to show
         return {"status": "broken", "detail": f"{type(error).__name__}: {error}".splitlines()[0]}
-    default = backends.choose(primitive, torch.device(device), None) == backend
+    default = backends.choose(primitive, here, None) == backend
     return {"status": "ok", "detail": "default" if default else ""}
 
 

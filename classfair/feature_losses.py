@@ -183,8 +183,9 @@ def _major(target: Tensor | MixedTarget) -> Tensor:
     """The label that the features of a mixture count for: that of the larger share, as in all statistics."""
     if not isinstance(target, MixedTarget):
         return target
-    lam = target.lam if isinstance(target.lam, Tensor) else torch.full(target.y_a.shape, target.lam)
-    return torch.where(lam.to(target.y_a.device) < 0.5, target.y_b, target.y_a)
+    if not isinstance(target.lam, Tensor):
+        return target.y_b if target.lam < 0.5 else target.y_a
+    return torch.where(target.lam.to(target.y_a.device) < 0.5, target.y_b, target.y_a)
 
 
 class ISDALoss(FeatureLoss):

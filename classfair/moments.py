@@ -45,8 +45,8 @@ def _check_covariance(function: str, covariance: str, num_classes: int, feature_
 
 def _check_features(function: str, features: Any, target: Any) -> None:
     rows = tuple(features.shape) if isinstance(features, Tensor) else None
-    if rows is not None and len(rows) != 2:
-        raise ValueError(f"{function}: expected features of shape (N, D), got {rows}")
+    if rows is not None and (len(rows) != 2 or rows[1] == 0):
+        raise ValueError(f"{function}: expected features of shape (N, D) with D >= 1, got {rows}")
     check.check_floats(function, "features", features, rows or ())
     check.check_labels_tensor(function, "target", target, features.shape[:1])
     if target.device != features.device:

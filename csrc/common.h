@@ -9,6 +9,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/Half.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <array>
 #include <cstdint>
@@ -71,9 +72,12 @@ Tensor allocate(const Tensor& like, const std::array<int64_t, kDims>& sizes, Sca
   int64_t stride = 1;
   for (std::size_t d = kDims; d-- > 0; stride *= sizes[d] > 0 ? sizes[d] : 1) strides[d] = stride;
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  const AOTITorchError error = aoti_torch_empty_strided(
       kDims, sizes.data(), strides.data(), torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-      static_cast<int32_t>(like.device().type()), like.get_device_index(), &handle));
+      static_cast<int32_t>(like.device().type()), like.get_device_index(), &handle);
+  // The stable ABI loses torch's exception; those who retry with a smaller batch look for torch's words.
+  STD_TORCH_CHECK(error == TORCH_SUCCESS, like.is_cuda() ? "CUDA out of memory." : "can't allocate memory.",
+                  " classfair: no memory for a tensor of ", stride, " elements (torch's own message is above)");
   return Tensor(handle);
 }
 

@@ -6,7 +6,11 @@
 #include <string>
 #include <vector>
 
-#ifndef CLASSFAIR_CUDA_MODULE
+#ifdef CLASSFAIR_CUDA_MODULE
+namespace classfair {
+std::string why_unusable(int device);  // cuda/probe.cu
+}
+#else
 #include "cpu/isa.h"
 #endif
 
@@ -39,4 +43,8 @@ pybind11::dict build_info() {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("build_info", &build_info, "How this module was compiled, as a dict of strings.");
+#ifdef CLASSFAIR_CUDA_MODULE
+  m.def("why_unusable", &classfair::why_unusable, pybind11::arg("device"),
+        "Why these kernels cannot run on a GPU; empty where they can.");
+#endif
 }

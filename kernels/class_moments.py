@@ -120,7 +120,8 @@ def _moments_kernel(
     inside = columns < num_columns
     tl.store(mean + out, center, mask=inside)
     if variance is not None:
-        tl.store(variance + out, tl.maximum(squares - off * off / divisor, 0.0) / divisor, mask=inside)
+        squares -= off * off / divisor
+        tl.store(variance + out, tl.where(squares < 0, 0.0, squares) / divisor, mask=inside)  # NaN passes
     tl.store(count + piece, n, mask=tl.program_id(1) == 0)
 
 

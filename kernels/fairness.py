@@ -263,8 +263,8 @@ def _iou_gradient_kernel(
     """One program owns BLOCK classes of a group: reads its IoU and that of all, writes the gradients; the first one
     writes the value."""
     ACC: tl.constexpr = mean.dtype.element_ty
-    group = tl.program_id(1).to(tl.int64)
-    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    group = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < num_classes
     own = tl.load(weight + group)
     iou, inverse, counts, _ = _overlap(mass, hit, count, group, group + 1, num_classes, columns, inside, SKIP, ACC)
@@ -285,7 +285,7 @@ def _iou_gradient_kernel(
     at = group * num_classes + columns
     tl.store(grad_mass + at, of_mass, mask=inside)
     tl.store(grad_hit + at, of_hit, mask=inside)
-    if (tl.program_id(0) == 0) & (group == 0):
+    if (tl.program_id(1) == 0) & (group == 0):
         if PAIRED:
             for other in range(1, num_groups):
                 penalty += _gaps(mean, weight, other, num_groups, ACC)[1]
@@ -307,7 +307,7 @@ def iou_penalty(
     launch = {**_launch(min(classes, 1024)), "SKIP": skip}
     with torch.cuda.device_of(mass):
         _iou_kernel[(groups + 1,)](mass, hit, count, mean, weight, groups, classes, **launch)
-        _iou_gradient_kernel[(triton.cdiv(classes, launch["BLOCK"]), groups)](
+        _iou_gradient_kernel[(groups, triton.cdiv(classes, launch["BLOCK"]))](
             mass, hit, count, mean, weight, value, grad_mass, grad_hit, groups, classes, PAIRED=paired, **launch
         )
     return value, grad_mass, grad_hit

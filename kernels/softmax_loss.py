@@ -56,7 +56,8 @@ def _pair_rows(x: Inputs) -> int:
 
 
 def _row_tile(logits: Tensor) -> dict[str, Any]:
-    """Tile of the row kernels, by the number of classes alone: strides must not change bits."""
+    """Tile of the row kernels, by the number of classes alone. Which thread holds which column, and so the order of a
+    sum, is Triton's choice by strides and alignment."""
     if logits.dim() == 3:  # neighbours in memory are rows
         block_n, block_c = 32, min(16, triton.next_power_of_2(logits.shape[1]))
     else:

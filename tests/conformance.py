@@ -100,7 +100,11 @@ def assert_as_accurate(
 
 def check_case(case: Case, backend: str, device: str, dtype: torch.dtype, **changes: Any) -> None:
     """Values and first gradients of one case against the float64 oracle."""
-    inputs = cast({**case.build(), **changes}, dtype, device)
+    check_inputs(cast({**case.build(), **changes}, dtype, device), backend, dtype)
+
+
+def check_inputs(inputs: Inputs, backend: str, dtype: torch.dtype) -> None:
+    """The same of inputs on their device."""
     before = {k: v.clone() for k, v in inputs.items() if isinstance(v, Tensor)}
     out, gradients = run(inputs, backend)
     truth, true_gradients = run(as_truth(inputs), "reference")

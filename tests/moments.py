@@ -116,8 +116,15 @@ def check_case(case: Case, backend: str, device: str, dtype: torch.dtype, moment
     Means and variances are sums over the rows of a class, in which rounding errors walk. Means in float32 are off by
     the rounding of their own size, and their differences enter the variances of the state at first order.
     """
-    error = momentum is None
     batches = [tuple(t.to(device) for t in (f.to(dtype), y)) for f, y in map(case.batch, range(3))]
+    check_batches(batches, case, backend, dtype, momentum)
+
+
+def check_batches(
+    batches: list[tuple[Tensor, Tensor]], case: Case, backend: str, dtype: torch.dtype, momentum: float | None = None
+) -> None:
+    """The same of batches on their device."""
+    error = momentum is None
     before = [f.clone() for f, _ in batches]
     got, state = run(batches, case, backend, momentum=momentum, error=error)
     exact = [(f.double().cpu(), y.cpu()) for f, y in batches]

@@ -190,3 +190,28 @@ def test_a_named_backend_is_never_replaced(monkeypatch):
         RuntimeError, match=r"backend 'native' cannot run on device 'cpu' .*available here: 'reference'"
     ):
         cross_entropy(LOGITS, TARGET, backend="native")
+
+
+def test_kernels_built_for_other_gpus_are_passed_over(monkeypatch):
+    monkeypatch.setitem(classfair.backends._available, ("softmax_loss", "cuda"), ("native", "triton", "reference"))
+    monkeypatch.setitem(classfair.backends._unusable, 3, "no kernel image is available")
+    monkeypatch.setitem(classfair.backends._unusable, 4, "")
+    monkeypatch.delitem(classfair.backends.load_errors, "_cuda", raising=False)
+    old, new = torch.device("cuda:3"), torch.device("cuda:4")
+    assert classfair.backends.choose("softmax_loss", old, None) == "triton"
+    assert classfair.backends.choose("softmax_loss", new, None) == "native"
+    with pytest.raises(
+        RuntimeError,
+        match=r"cannot run on device 'cuda:3' \(classfair._cuda: no kernel image .*here: 'triton', 'reference'",
+    ):
+        classfair.backends.choose("softmax_loss", old, "native")
+
+
+@pytest.mark.skipif(
+    "native" not in classfair.backends.available("softmax_loss", "cpu"), reason="no compiled CPU kernels"
+)
+def test_no_memory_is_said_in_torchs_words():
+    """Those who then retry with less look for them."""
+    group = torch.zeros(len(TARGET), dtype=torch.int64)
+    with pytest.raises(RuntimeError, match=r"can't allocate memory\..*\d{14} elements"):
+        cross_entropy_with_stats(LOGITS, TARGET, group=group, num_groups=2**45, backend="native")

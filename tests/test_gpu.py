@@ -37,8 +37,9 @@ each_case = pytest.mark.parametrize("case", FEATURED, ids=lambda c: c.id)
 
 @pytest.fixture(params=["native", "triton"])
 def backend(request):
-    if request.param not in backends.available("softmax_loss", "cuda"):
-        pytest.skip(backends.why_missing("softmax_loss", "cuda", request.param))
+    device = torch.device("cuda")
+    if request.param not in backends.usable("softmax_loss", device):
+        pytest.skip(backends.why_missing("softmax_loss", device, request.param))
     return request.param
 
 

@@ -17,8 +17,9 @@ each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], id
 
 @pytest.fixture(params=["native", "triton"])
 def backend(request):
-    if request.param not in backends.available("fairness", "cuda"):
-        pytest.skip(backends.why_missing("fairness", "cuda", request.param))
+    device = torch.device("cuda")
+    if request.param not in backends.usable("fairness", device):
+        pytest.skip(backends.why_missing("fairness", device, request.param))
     return request.param
 
 

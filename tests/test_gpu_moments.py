@@ -21,8 +21,9 @@ COVARIANCES = ("none", "diag", "full")
 
 @pytest.fixture(params=["native", "triton"])
 def backend(request):
-    if request.param not in backends.available("class_moments", "cuda"):
-        pytest.skip(backends.why_missing("class_moments", "cuda", request.param))
+    device = torch.device("cuda")
+    if request.param not in backends.usable("class_moments", device):
+        pytest.skip(backends.why_missing("class_moments", device, request.param))
     return request.param
 
 

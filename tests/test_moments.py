@@ -242,7 +242,12 @@ def test_full_covariance_of_many_features_is_refused_with_its_memory():
     [
         (TypeError, "features as a floating tensor, got list", lambda f, t: class_moments([1.0], t, 6)),
         (TypeError, "features as a floating tensor, got torch.int64", lambda f, t: class_moments(f.long(), t, 6)),
-        (ValueError, r"features of shape \(N, D\), got \(840,\)", lambda f, t: class_moments(f.flatten(), t, 6)),
+        (
+            ValueError,
+            r"features of shape \(N, D\) with D >= 1, got \(840,\)",
+            lambda f, t: class_moments(f.flatten(), t, 6),
+        ),
+        (ValueError, r"with D >= 1, got \(120, 0\)", lambda f, t: class_moments(f[:, :0], t, 6)),
         (ValueError, r"target of shape \(120,\), got \(5,\)", lambda f, t: class_moments(f, t[:5], 6)),
         (TypeError, "target of dtype torch.int64, got torch.int32", lambda f, t: class_moments(f, t.int(), 6)),
         (ValueError, "num_classes >= 1, got 0", lambda f, t: class_moments(f, t, 0)),

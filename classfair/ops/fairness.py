@@ -139,12 +139,13 @@ def dependence(
 
     summed over segments, if ``weighted`` with the segment's share of all samples in ``count``.
 
-    ``rows`` is float32 or float64; all are contiguous. A row that is 0 has gradient 0 from its logarithm.
+    ``rows`` is float32 or float64; ``cell`` is contiguous. A row that is 0 has gradient 0 from its logarithm.
     Returns: () in the dtype of ``rows``. Gradients: ``rows``, every order. Determinism: bitwise, any number of threads.
     """
     if backend == "reference":
         return reference.dependence(rows, count, cell, num_cells, mutual_information, weighted)
-    return _apply_dependence(rows, count, cell, num_cells, mutual_information, weighted, backend)
+    arguments = (rows.contiguous(), count.contiguous(), cell, num_cells)
+    return _apply_dependence(*arguments, mutual_information, weighted, backend)
 
 
 def iou_penalty(
@@ -163,10 +164,10 @@ def iou_penalty(
     groups with a sample of (IoU of group - IoU of all)^2, or if ``paired`` the sum over pairs of such groups of the
     squared difference.
 
-    ``mass`` and ``hit`` are float32 or float64 and alike; all are contiguous.
+    ``mass`` and ``hit`` are float32 or float64 and alike.
     Returns: () in the dtype of ``mass``. Gradients: ``mass``, ``hit``, every order. Determinism: bitwise, any number of
     threads.
     """
     if backend == "reference":
         return reference.iou_penalty(mass, hit, count, paired, skip)
-    return _apply_iou_penalty(mass, hit, count, paired, skip, backend)
+    return _apply_iou_penalty(mass.contiguous(), hit.contiguous(), count.contiguous(), paired, skip, backend)

@@ -52,9 +52,14 @@ struct Team {
 // The reduction over a team, known to all of its threads. The order depends on the team's width alone.
 template <class V, class Op>
 __device__ V team_reduce(const Team& team, V v, Op op) {
-  for (int offset = (team.width < kWarp ? team.width : kWarp) / 2; offset > 0; offset /= 2)
-    v = op(v, __shfl_xor_sync(team.mask, v, offset));
-  if (team.width <= kWarp) return v;
+  if (team.width < kWarp) {
+    for (int offset = team.width / 2; offset > 0; offset /= 2) v = op(v, __shfl_xor_sync(team.mask, v, offset));
+    return v;
+  }
+  // A mask that the compiler knows is all lanes costs one instruction a step; any other is looked up in each.
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) v = op(v, __shfl_xor_sync(~0u, v, offset));
+  if (team.width == kWarp) return v;
   __shared__ V warps[kWarp];
   __syncthreads();  // an earlier reduction may still be read
   if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = v;

@@ -13,6 +13,7 @@
 namespace classfair {
 
 inline void check_cuda(cudaError_t error) {
+  if (error != cudaSuccess) cudaGetLastError();  // the runtime keeps it otherwise, and the next launch would report it
   STD_TORCH_CHECK(error == cudaSuccess, "classfair: ", cudaGetErrorString(error));
 }
 

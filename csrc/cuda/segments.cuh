@@ -49,11 +49,12 @@ struct ChunkWriter {
   }
 };
 
-// A thread owns a column of a chunk of items; it reads value(item, column) and writes out (count, C), or carry.
+// A thread owns a column of a chunk of items; it adds up value.column(value.row(item), c), into out (count, C) or
+// carry.
 template <class Value, class A>
 __global__ void __launch_bounds__(kThreads)
     segment_chunks_kernel(Value value, Segments in, int64_t C, int64_t chunks, A* out, A* carry) {
-  constexpr int kAhead = 4;  // loads in flight
+  constexpr int kAhead = 4;  // items read at a time: each loop below has its loads in flight together
   for (int64_t index = global_thread(); index < chunks * C; index += grid_threads()) {
     const int64_t chunk = divide(index, C), c = index - chunk * C;
     const int64_t begin = chunk << in.chunk_shift;
@@ -64,16 +65,22 @@ __global__ void __launch_bounds__(kThreads)
     ChunkWriter<A> writer{out + c, carry + index, C, carried};
     int64_t segment_end = 0;  // first key after the current segment
     for (int64_t position = begin; position < end; position += kAhead) {
-      int64_t key[kAhead];
+      int64_t key[kAhead], item[kAhead];
+      decltype(value.row(0)) row[kAhead];
       A v[kAhead];
 #pragma unroll
       for (int j = 0; j < kAhead; ++j) {
-        const int64_t p = position + j;
-        key[j] = p < end ? (in.key ? in.key[p] : 0) : -1;
-        v[j] = p < end ? value(in.order ? in.order[p] : p, static_cast<int>(c)) : A(0);
+        const int64_t p = position + j < end ? position + j : end - 1;
+        key[j] = in.key ? in.key[p] : 0;
+        item[j] = in.order ? in.order[p] : p;
       }
 #pragma unroll
+      for (int j = 0; j < kAhead; ++j) row[j] = value.row(item[j]);
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) v[j] = value.column(row[j], static_cast<int>(c));
+#pragma unroll
       for (int j = 0; j < kAhead; ++j) {
+        if (position + j >= end) break;
         if (key[j] >= segment_end) {
           const int64_t s = divide(key[j], in.keys_per_segment);
           writer.next(s < in.count ? s : -1);

@@ -143,8 +143,19 @@ __device__ RowStatisticsGradient<A> statistics_gradient(const Backward<T>& b, in
   if (b.grad_joint && row.cell >= 0 && row.cell < in.cells) g.joint = b.grad_joint + row.cell * in.C;
   if (g.mass || g.joint) {
     A dot = 0;
-    for (int c = team.lane; c < in.columns(); c += team.width)
-      dot += g.softmax(static_cast<A>(z[c * in.logits.stride_c])) * g.upstream(c);
+    const int C = in.columns();
+    for (int base = team.lane; base < C; base += kBatch<A> * team.width) {
+      A x[kBatch<A>], upstream[kBatch<A>];
+      load_batch(z, in.logits.stride_c, base, team.width, C, x);
+#pragma unroll
+      for (int j = 0; j < kBatch<A>; ++j) {
+        const int c = base + j * team.width;
+        upstream[j] = c < C ? g.upstream(c) : A(0);
+      }
+#pragma unroll
+      for (int j = 0; j < kBatch<A>; ++j)
+        if (base + j * team.width < C) dot += g.softmax(x[j]) * upstream[j];
+    }
     g.dot = team_reduce(team, dot, Sum{});
   }
   if (!b.grad_hit) return g;
@@ -210,12 +221,19 @@ struct GradientColumn {
   Inputs<T> in;
   const RowGradient<A>* row_gradient;
 
-  __device__ A operator()(int64_t i, int c) const {
-    const RowGradient<A> g = row_gradient[i];
-    if (!g.live) return A(0);
-    const A* soft = in.soft.data ? in.soft.row(i) : nullptr;
-    const A z = static_cast<A>(in.logits.row(i)[c * in.logits.stride_c]);
-    return perturbed_column(in, g, in.pair_row(g.slot), soft, c, z);
+  struct Row {
+    RowGradient<A> gradient;
+    const T* z;
+    const A* soft;
+  };
+
+  __device__ Row row(int64_t i) const {
+    return {row_gradient[i], in.logits.row(i), in.soft.data ? in.soft.row(i) : nullptr};
+  }
+  __device__ A column(const Row& row, int c) const {
+    const A z = static_cast<A>(row.z[c * in.logits.stride_c]);
+    const A v = perturbed_column(in, row.gradient, in.pair_row(row.gradient.slot), row.soft, c, z);
+    return row.gradient.live ? v : A(0);
   }
 };
 

@@ -7,7 +7,7 @@ namespace classfair {
 
 // One row for the column sums: p = exp((z - high) - low).
 template <class A>
-struct RowSoftmax {
+struct alignas(16) RowSoftmax {
   A high, low;
   bool counted;
 };
@@ -147,11 +147,20 @@ __device__ RowScan<A> scan_row(const Inputs<T>& in, const RowLabels<A>& row, con
 template <class T, class A = acc_t<T>>
 __device__ A dense_loss(const Inputs<T>& in, int64_t i, const T* z, const LogSum<A>& lse, const Team& team) {
   const A* soft = in.soft.row(i);
+  const int C = in.columns();
   A loss = 0;
-  for (int c = team.lane; c < in.columns(); c += team.width) {
-    const A t = in.spread_target(soft, c);
-    const A x = static_cast<A>(z[c * in.logits.stride_c]) + (in.offset ? in.offset[c] : A(0));
-    if (t != A(0)) loss += t * (lse.log - (x - lse.max));
+  for (int base = team.lane; base < C; base += kBatch<A> * team.width) {
+    A x[kBatch<A>], t[kBatch<A>];
+    load_batch(z, in.logits.stride_c, base, team.width, C, x);
+    perturb_batch<A>(in.offset, nullptr, base, team.width, C, x);
+#pragma unroll
+    for (int j = 0; j < kBatch<A>; ++j) {
+      const int c = base + j * team.width;
+      t[j] = c < C ? in.spread_target(soft, c) : A(0);
+    }
+#pragma unroll
+    for (int j = 0; j < kBatch<A>; ++j)
+      if (t[j] != A(0)) loss += t[j] * (lse.log - (x[j] - lse.max));
   }
   return team_reduce(team, loss, Sum{});
 }
@@ -276,11 +285,20 @@ struct SoftmaxColumn {
   int64_t rows;
   const RowSoftmax<A>* softmax;
 
-  __device__ A operator()(int64_t item, int c) const {
-    if (item >= rows) return A(0);
-    const RowSoftmax<A> row = softmax[item];
-    const A z = static_cast<A>(logits.row(item)[c * logits.stride_c]);
-    return row.counted ? std::exp((z - row.high) - row.low) : A(0);
+  struct Row {
+    RowSoftmax<A> softmax;
+    const T* z;
+  };
+
+  __device__ Row row(int64_t item) const {
+    const int64_t i = item < rows ? item : rows - 1;
+    Row row{softmax[i], logits.row(i)};
+    row.softmax.counted &= item < rows;
+    return row;
+  }
+  __device__ A column(const Row& row, int c) const {
+    const A p = std::exp((static_cast<A>(row.z[c * logits.stride_c]) - row.softmax.high) - row.softmax.low);
+    return row.softmax.counted ? p : A(0);
   }
 };
 
