@@ -75,7 +75,7 @@ $(GPU_VENV)/.installed: $(SOURCES)
 # Triton's compilations take most of the time: on all cores where pytest-xdist is installed. Pytest alone is enough.
 test-gpu: $(GPU_VENV)/.installed  ## on a machine with a GPU: conformance of both GPU back-ends
 	$(GPU_PYTEST) $$($(GPU_VENV)/bin/python -c "import xdist; print('-n auto')" 2>/dev/null) -m "not slow" \
-	  $(PRIMITIVES) tests/test_gpu.py tests/test_gpu_moments.py tests/test_gpu_fairness.py tests/test_torch_stack.py \
+	  $(PRIMITIVES) tests/test_gpu*.py tests/test_torch_stack.py \
 	  -k "cuda or test_gpu" $(ARGS)
 
 bench-gpu: $(GPU_VENV)/.installed  ## on a machine with a GPU: time both GPU back-ends beside torch

@@ -125,6 +125,15 @@ def check(operator, inputs, backend, device, dtype, **options):
         assert old is None or torch.equal(old, new), "an input was written"
 
 
+@each_kernel
+@pytest.mark.parametrize(("operator", "build"), [(dependence, groups), (dependence, cells), (iou_penalty, overlap)])
+def test_tables_of_any_layout(operator, build, backend, device):
+    inputs = cast(build(3, 5), torch.float64, device)
+    strided = [t if t is None or t.dim() != 2 else t.t().contiguous().t() for t in inputs]
+    for got, expected in zip(run(operator, strided, backend), run(operator, inputs, backend), strict=True):
+        assert torch.equal(got, expected)
+
+
 @each_dtype
 @each_backend
 @each_weighted
