@@ -49,14 +49,13 @@ struct Moment {
 // and are not.
 template <class T>
 __global__ void __launch_bounds__(kThreads) finite_kernel(MomentsInput<T> in, uint8_t* finite, int64_t* nonfinite) {
-  const Team team(kWarp);
+  const int lane = threadIdx.x % kWarp;
   for (int64_t row = global_thread() / kWarp; row < in.rows; row += grid_threads() / kWarp) {
     const T* x = in.features + row * in.stride;
     int odd = 0;
-    for (int64_t c = team.lane; c < in.D; c += kWarp)
-      odd += !is_finite(static_cast<double>(static_cast<acc_t<T>>(x[c])));
-    odd = team_reduce(team, odd, Sum{});
-    if (team.lane != 0) continue;
+    for (int64_t c = lane; c < in.D; c += kWarp) odd += !is_finite(static_cast<double>(static_cast<acc_t<T>>(x[c])));
+    odd = warp_reduce(odd, Sum{});
+    if (lane != 0) continue;
     finite[row] = odd == 0;
     if (odd > 0 && in.slot[row] >= 0) atomicAdd(reinterpret_cast<unsigned long long*>(nonfinite), 1ull);
   }

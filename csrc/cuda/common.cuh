@@ -49,23 +49,32 @@ struct Team {
   }
 };
 
-// The reduction over a team, known to all of its threads. The order depends on the team's width alone.
+// Reductions, known to all threads that take part; their order depends on the number of threads alone. A mask that the
+// compiler knows is all lanes costs one instruction a step; any other is looked up in each.
 template <class V, class Op>
-__device__ V team_reduce(const Team& team, V v, Op op) {
-  if (team.width < kWarp) {
-    for (int offset = team.width / 2; offset > 0; offset /= 2) v = op(v, __shfl_xor_sync(team.mask, v, offset));
-    return v;
-  }
-  // A mask that the compiler knows is all lanes costs one instruction a step; any other is looked up in each.
+__device__ V warp_reduce(V v, Op op) {
 #pragma unroll
   for (int offset = kWarp / 2; offset > 0; offset /= 2) v = op(v, __shfl_xor_sync(~0u, v, offset));
-  if (team.width == kWarp) return v;
+  return v;
+}
+
+template <class V, class Op>
+__device__ V block_reduce(V v, Op op) {
+  v = warp_reduce(v, op);
   __shared__ V warps[kWarp];
   __syncthreads();  // an earlier reduction may still be read
   if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = v;
   __syncthreads();
   v = warps[0];
-  for (int w = 1; w < team.width / kWarp; ++w) v = op(v, warps[w]);
+  for (int w = 1; w < blockDim.x / kWarp; ++w) v = op(v, warps[w]);
+  return v;
+}
+
+template <class V, class Op>
+__device__ V team_reduce(const Team& team, V v, Op op) {
+  if (team.width > kWarp) return block_reduce(v, op);
+  if (team.width == kWarp) return warp_reduce(v, op);
+  for (int offset = team.width / 2; offset > 0; offset /= 2) v = op(v, __shfl_xor_sync(team.mask, v, offset));
   return v;
 }
 

@@ -10,7 +10,7 @@ namespace {
 
 template <class A>
 constexpr A kTiny = std::numeric_limits<A>::min();
-constexpr int kWide = 1024;  // threads of a block that owns thousands of columns
+constexpr int kWide = 512;  // threads of a block that owns thousands of columns; 1024 leave too few registers
 
 template <class A>
 struct Dependence {
@@ -65,11 +65,10 @@ struct Segment {
 // A block owns a row of `count`: writes its sum.
 __global__ void __launch_bounds__(kWide)
     group_counts_kernel(const int64_t* count, int64_t G, int64_t C, int64_t* sums) {
-  const Team team(blockDim.x);
   for (int64_t g = blockIdx.x; g < G; g += gridDim.x) {
     int64_t n = 0;
     for (int64_t c = threadIdx.x; c < C; c += blockDim.x) n += count[g * C + c];
-    n = team_reduce(team, n, Sum{});
+    n = block_reduce(n, Sum{});
     if (threadIdx.x == 0) sums[g] = n;
   }
 }
@@ -117,7 +116,6 @@ __device__ A mutual_information(const Dependence<A>& in, const Segment<A>& own, 
 // A block owns one of K equal parts of the columns of a segment of K rows, a thread a column at a time.
 template <class A>
 __global__ void __launch_bounds__(kWide) dependence_kernel(Dependence<A> in) {
-  const Team team(blockDim.x);
   for (int64_t row = blockIdx.x; row < in.M; row += gridDim.x) {
     const Segment<A> own(in, row);
     const int64_t width = divide(in.C + own.last - own.first - 1, own.last - own.first);
@@ -134,7 +132,7 @@ __global__ void __launch_bounds__(kWide) dependence_kernel(Dependence<A> in) {
       if (own.filled < 2) continue;
       value += in.mutual_information ? mutual_information(in, own, total, c) : squared_differences(in, own, total, c);
     }
-    value = team_reduce(team, value, Sum{});
+    value = block_reduce(value, Sum{});
     if (threadIdx.x == 0) in.parts[row] = value;
   }
 }

@@ -48,7 +48,6 @@ struct Overlap {
 // sample.
 template <class A>
 __global__ void __launch_bounds__(kWide) iou_kernel(IouInputs<A> in) {
-  const Team team(blockDim.x);
   for (int64_t row = blockIdx.x; row <= in.G; row += gridDim.x) {
     const int64_t first = row < in.G ? row : 0, last = row < in.G ? row + 1 : in.G;
     A iou = 0;
@@ -59,9 +58,9 @@ __global__ void __launch_bounds__(kWide) iou_kernel(IouInputs<A> in) {
       classes += x.counts;
       samples += x.samples;
     }
-    iou = team_reduce(team, iou, Sum{});
-    classes = team_reduce(team, classes, Sum{});
-    samples = team_reduce(team, samples, Sum{});
+    iou = block_reduce(iou, Sum{});
+    classes = block_reduce(classes, Sum{});
+    samples = block_reduce(samples, Sum{});
     const A number = static_cast<A>(classes > 0 ? classes : 1);
     if (threadIdx.x == 0) in.mean[row] = iou / number, in.weight[row] = samples > 0 ? A(1) / number : A(0);
   }
@@ -105,7 +104,7 @@ __global__ void __launch_bounds__(kThreads) iou_gradient_kernel(IouInputs<A> in)
     for (int64_t g = threadIdx.x; g < in.G; g += kThreads) value += Gaps<A>(in, g, g + 1).squares;
   else if (threadIdx.x == 0)
     value = Gaps<A>(in, in.G, 0).squares;
-  value = team_reduce(Team(kThreads), value, Sum{});
+  value = block_reduce(value, Sum{});
   if (threadIdx.x == 0) *in.value = value;
 }
 

@@ -36,7 +36,7 @@ __global__ void count_slots_kernel(const int64_t* key, int64_t rows, int64_t num
   int64_t count = 0;
   for (int64_t position = begin + threadIdx.x; position < end; position += kThreads)
     count += opens_slot(key, position, num_keys);
-  count = team_reduce(Team(kThreads), count, Sum{});
+  count = block_reduce(count, Sum{});
   if (threadIdx.x == 0) opened[blockIdx.x] = count;
 }
 
@@ -49,14 +49,13 @@ struct Slots {
 // together write the unused slots.
 __global__ void place_kernel(const int64_t* key, const int64_t* order, int64_t rows, int64_t num_keys,
                              int64_t chunk_rows, int64_t chunks, const int64_t* opened, Slots out) {
-  const Team team(kThreads);
   int64_t before = 0, used = 0;
   for (int64_t k = threadIdx.x; k < chunks; k += kThreads) {
     used += opened[k];
     if (k < blockIdx.x) before += opened[k];
   }
-  before = team_reduce(team, before, Sum{});
-  used = team_reduce(team, used, Sum{});
+  before = block_reduce(before, Sum{});
+  used = block_reduce(used, Sum{});
 
   const int64_t begin = blockIdx.x * chunk_rows, end = begin + chunk_rows < rows ? begin + chunk_rows : rows;
   for (int64_t tile = begin; tile < end; tile += kThreads) {

@@ -48,7 +48,7 @@ template <class A>
 __device__ A row_threshold(const A* square, int64_t C) {
   double sum = 0.0;
   for (int64_t c = threadIdx.x; c < C; c += kThreads) sum += square[c];
-  const double mean = team_reduce(Team(kThreads), sum, Sum{}) / C;
+  const double mean = block_reduce(sum, Sum{}) / C;
   return static_cast<A>(kPairThreshold * (mean > 1.0 ? mean : 1.0));
 }
 

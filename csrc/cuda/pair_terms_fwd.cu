@@ -46,8 +46,9 @@ __global__ void __launch_bounds__(kThreads) pair_terms_fwd_kernel(Forward<A> f) 
       for (int j = 0; j < kOwn; ++j) {
         const int64_t row = first_row + ty + i * kGrid, c = first_class + tx + j * kGrid;
         if (row >= in.M || c >= in.C) continue;
-        if (kVariance) f.variance[row * in.C + c] = form[i][j];
-        if (kSquare) f.square[row * in.C + c] = distance[i][j];
+        // An unused slot in a tile with used ones was read as zeros, which are far from the class.
+        if (kVariance) f.variance[row * in.C + c] = row < used ? form[i][j] : A(0);
+        if (kSquare) f.square[row * in.C + c] = row < used ? distance[i][j] : A(0);
       }
   }
 }
@@ -57,7 +58,6 @@ __global__ void __launch_bounds__(kThreads) pair_terms_fwd_kernel(Forward<A> f) 
 template <class A>
 __global__ void __launch_bounds__(kThreads) normalize_kernel(Forward<A> f) {
   const PairInputs<A>& in = f.in;
-  const Team team(kThreads);
   for (int64_t row = blockIdx.x; row < in.used(); row += gridDim.x) {
     const A* square = f.square + row * in.C;
     A* variance = f.variance + row * in.C;
@@ -67,8 +67,8 @@ __global__ void __launch_bounds__(kThreads) normalize_kernel(Forward<A> f) {
       high = Max{}(high, cov[k]);
       negative_low = Max{}(negative_low, -cov[k]);
     }
-    high = team_reduce(team, high, Max{});
-    const A low = -team_reduce(team, negative_low, Max{}), zero = row_threshold(square, in.C);
+    high = block_reduce(high, Max{});
+    const A low = -block_reduce(negative_low, Max{}), zero = row_threshold(square, in.C);
     for (int64_t c = threadIdx.x; c < in.C; c += kThreads) {
       const A ratio = variance[c] / square[c];
       const A inside = ratio < low ? low : ratio > high ? high : ratio;

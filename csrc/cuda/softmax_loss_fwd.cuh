@@ -273,7 +273,7 @@ template <class A>
 __global__ void __launch_bounds__(kThreads) total_weight_kernel(const double* weight, int64_t size, A* total) {
   double sum = 0.0;
   for (int64_t k = threadIdx.x; k < size; k += kThreads) sum += weight[k];
-  sum = team_reduce(Team(kThreads), sum, Sum{});
+  sum = block_reduce(sum, Sum{});
   if (threadIdx.x == 0) *total = static_cast<A>(sum);
 }
 

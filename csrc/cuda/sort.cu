@@ -16,13 +16,13 @@ constexpr int64_t kTileItems = kWarps * kWarpItems;
 
 // A warp owns an item: it reads all keys and writes the item to its place.
 __global__ void rank_kernel(const int64_t* key, int64_t items, int64_t* order, int64_t* sorted) {
-  const Team team(kWarp);
+  const int lane = threadIdx.x % kWarp;
   for (int64_t item = global_thread() / kWarp; item < items; item += grid_threads() / kWarp) {
     const int64_t mine = key[item];
     int64_t smaller = 0;
-    for (int64_t j = team.lane; j < items; j += kWarp) smaller += key[j] < mine || (key[j] == mine && j < item);
-    const int64_t rank = team_reduce(team, smaller, Sum{});
-    if (team.lane == 0) order[rank] = item, sorted[rank] = mine;
+    for (int64_t j = lane; j < items; j += kWarp) smaller += key[j] < mine || (key[j] == mine && j < item);
+    const int64_t rank = warp_reduce(smaller, Sum{});
+    if (lane == 0) order[rank] = item, sorted[rank] = mine;
   }
 }
 
