@@ -99,7 +99,10 @@ def _why_unusable(gpu: int) -> str:
     """Why ``classfair._cuda``, which could be imported, cannot run on a GPU (built for others, driver too old); empty
     where it can. Asked once per GPU, because it starts CUDA there."""
     if gpu not in _unusable:
-        _unusable[gpu] = importlib.import_module("classfair._cuda").why_unusable(gpu)
+        if not torch.cuda.is_available():  # a fake tensor
+            return ""
+        with torch.cuda.device(gpu):
+            _unusable[gpu] = importlib.import_module("classfair._cuda").why_unusable()
     return _unusable[gpu]
 
 

@@ -8,7 +8,7 @@
 
 #ifdef CLASSFAIR_CUDA_MODULE
 namespace classfair {
-std::string why_unusable(int device);  // cuda/probe.cu
+std::string why_unusable();  // cuda/probe.cu
 }
 #else
 #include "cpu/isa.h"
@@ -44,7 +44,7 @@ pybind11::dict build_info() {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("build_info", &build_info, "How this module was compiled, as a dict of strings.");
 #ifdef CLASSFAIR_CUDA_MODULE
-  m.def("why_unusable", &classfair::why_unusable, pybind11::arg("device"),
-        "Why these kernels cannot run on a GPU; empty where they can.");
+  m.def("why_unusable", &classfair::why_unusable,
+        "Why these kernels cannot run on the current GPU; empty where they can.");
 #endif
 }

@@ -63,10 +63,15 @@ constexpr A kNaN = std::numeric_limits<A>::quiet_NaN();
 // The row's columns c = base, base + width, ...; -inf past the end.
 template <class T, class A = acc_t<T>>
 __device__ void load_batch(const T* z, int64_t stride, int base, int width, int C, A (&out)[kBatch<A>]) {
+  const T* from = z + base * stride;
+  const int64_t step = width * stride;
+  if (base + (kBatch<A> - 1) * width < C) {
 #pragma unroll
-  for (int j = 0; j < kBatch<A>; ++j) {
-    const int c = base + j * width;
-    out[j] = c < C ? static_cast<A>(z[c * stride]) : -kInfinity<A>;
+    for (int j = 0; j < kBatch<A>; ++j, from += step) out[j] = static_cast<A>(*from);
+  } else {
+#pragma unroll
+    for (int j = 0; j < kBatch<A>; ++j, from += step)
+      out[j] = base + j * width < C ? static_cast<A>(*from) : -kInfinity<A>;
   }
 }
 

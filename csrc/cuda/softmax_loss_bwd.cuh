@@ -173,6 +173,39 @@ __device__ RowStatisticsGradient<A> statistics_gradient(const Backward<T>& b, in
   return g;
 }
 
+// Writes the gradient of a row, in which `g` and `s` hold all that is not of one column.
+template <class T, class A = acc_t<T>>
+__device__ void write_gradient(const Inputs<T>& in, const RowGradient<A>& g, const RowStatisticsGradient<A>& s,
+                               const T* z, const A* pair, const A* soft, T* out, int64_t out_stride, const Team& team) {
+  const int C = in.columns(), width = team.width;
+  // The drop-in's row is a multiple of its softmax but for the labels' columns, which are written after it.
+  const bool plain = g.live && !s.live && !in.offset && !pair && !soft && !in.smoothed();
+  for (int base = team.lane; base < C; base += kBatch<A> * width) {
+    A x[kBatch<A>];
+    load_batch(z, in.logits.stride_c, base, width, C, x);
+    if (plain) {
+#pragma unroll
+      for (int j = 0; j < kBatch<A>; ++j) x[j] = g.scale * std::exp((x[j] - g.high) - g.low);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kBatch<A>; ++j) {
+        const int c = base + j * width;
+        if (c >= C) break;
+        A v = g.live ? perturbed_column(in, g, pair, soft, c, x[j]) : A(0);
+        if (s.live) v += s.softmax(x[j]) * (s.upstream(c) + s.extras(c) - s.dot);
+        x[j] = v;
+      }
+    }
+    T* to = out + base * out_stride;
+#pragma unroll
+    for (int j = 0; j < kBatch<A>; ++j, to += width * out_stride)
+      if (base + j * width < C) *to = static_cast<T>(x[j]);
+  }
+  if (!plain) return;
+  if (g.a >= 0 && (g.a & (width - 1)) == team.lane) out[g.a * out_stride] = static_cast<T>(g.value_a);
+  if (g.b >= 0 && (g.b & (width - 1)) == team.lane) out[g.b * out_stride] = static_cast<T>(g.value_b);
+}
+
 // A team owns a row: it reads the row once (with statistics or dense targets: twice) and writes the row's gradient, and
 // what the sums over rows need.
 template <class T>
@@ -180,7 +213,7 @@ __global__ void __launch_bounds__(kMaxWidth, kMinBlocks) softmax_loss_bwd_kernel
   using A = acc_t<T>;
   const Inputs<T>& in = b.in;
   const Team team(b.width);
-  const int teams = blockDim.x / b.width, C = in.columns();
+  const int teams = blockDim.x / b.width;
   for (int64_t unit = blockIdx.x; unit < b.units; unit += gridDim.x) {
     const int64_t i = unit * teams + threadIdx.x / b.width;
     if (i >= in.rows) continue;
@@ -188,8 +221,6 @@ __global__ void __launch_bounds__(kMaxWidth, kMinBlocks) softmax_loss_bwd_kernel
     const T* z = in.logits.row(i);
     const A* soft = in.soft.data ? in.soft.row(i) : nullptr;
     const A* pair = in.pair_row(row.slot);
-    T* out = b.grad_logits.row(i);
-    const int64_t out_stride = b.grad_logits.stride_c;
     const RowGradient<A> g = perturbed_gradient(b, i, row, z, soft, team);
     RowStatisticsGradient<A> s;
     if (g.live) s = statistics_gradient(b, i, row, z, team);
@@ -199,18 +230,7 @@ __global__ void __launch_bounds__(kMaxWidth, kMinBlocks) softmax_loss_bwd_kernel
       if (b.margin_key) b.margin_key[i] = g.live && g.a >= 0 ? g.a : in.C;
       if (b.margin_key) b.margin_value[i] = -g.value_a;
     }
-    for (int base = team.lane; base < C; base += kBatch<A> * team.width) {
-      A batch[kBatch<A>];
-      load_batch(z, in.logits.stride_c, base, team.width, C, batch);
-#pragma unroll
-      for (int j = 0; j < kBatch<A>; ++j) {
-        const int c = base + j * team.width;
-        if (c >= C) break;
-        A v = g.live ? perturbed_column(in, g, pair, soft, c, batch[j]) : A(0);
-        if (s.live) v += s.softmax(batch[j]) * (s.upstream(c) + s.extras(c) - s.dot);
-        out[c * out_stride] = static_cast<T>(v);
-      }
-    }
+    write_gradient(in, g, s, z, pair, soft, b.grad_logits.row(i), b.grad_logits.stride_c, team);
   }
 }
 
