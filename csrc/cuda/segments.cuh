@@ -52,7 +52,7 @@ struct ChunkWriter {
 // A thread owns a column of a chunk of items; it adds up value.column(value.row(item), c), into out (count, C) or
 // carry.
 template <class Value, class A>
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kThreads, 2)
     segment_chunks_kernel(Value value, Segments in, int64_t C, int64_t chunks, A* out, A* carry) {
   constexpr int kAhead = 4;  // items read at a time: each loop below has its loads in flight together
   for (int64_t index = global_thread(); index < chunks * C; index += grid_threads()) {
