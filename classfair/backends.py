@@ -7,8 +7,8 @@
 ``reference``
     Plain torch (:mod:`classfair.reference`), on every device.
 
-``backend=None`` takes the first of these that has the primitive on the tensor's device: the order is that of
-measured speed. A back-end given by name is used or refused with an error, never replaced.
+``backend=None`` takes the first of these that has the primitive on the tensor's device and can run there. On the CPU
+the order is that of measured speed; on GPUs nobody has measured it yet. A back-end given by name is used or refused with an error, never replaced.
 """
 
 import importlib
@@ -90,7 +90,7 @@ def discover() -> None:
 
 
 def available(primitive: str, device_type: str) -> tuple[str, ...]:
-    """Back-ends with kernels for a primitive on a type of device, fastest first."""
+    """Back-ends with kernels for a primitive on a type of device, in their order."""
     return _available.get((primitive, device_type), ("reference",))
 
 
@@ -111,7 +111,7 @@ def _index(device: torch.device) -> int:
 
 
 def usable(primitive: str, device: torch.device) -> tuple[str, ...]:
-    """Back-ends that serve a primitive on this device, fastest first."""
+    """Back-ends that serve a primitive on this device, in their order."""
     serving = available(primitive, device.type)
     if device.type == "cuda" and "native" in serving and _why_unusable(_index(device)):
         return tuple(b for b in serving if b != "native")

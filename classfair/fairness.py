@@ -76,7 +76,7 @@ def demographic_parity_loss(
             (as the authors' code), or as ``"nan"``.
         process_group: processes whose batches are one; None is the default group where one is initialised.
         sync: False for the loss of this process's batch alone. Statistics that have been all-reduced are not again.
-        backend: ``"native"``, ``"triton"``, ``"reference"``, or None for the fastest (:mod:`classfair.backends`).
+        backend: ``"native"``, ``"triton"``, ``"reference"``, or None for the default (:mod:`classfair.backends`).
 
     Returns:
         A scalar >= 0 (``"mi"``: up to rounding) of the dtype of ``stats.mass``; 0 for a single group.

@@ -270,7 +270,7 @@ def cross_entropy(
         ignore_index: label of samples that count for nothing; hard labels only where >= 0.
         reduction: ``"mean"`` (over the weights of the labels present; over N for probabilities; as torch),
             ``"sum"`` or ``"none"``.
-        backend: ``"native"``, ``"triton"``, ``"reference"``, or None for the fastest (:mod:`classfair.backends`).
+        backend: ``"native"``, ``"triton"``, ``"reference"``, or None for the default (:mod:`classfair.backends`).
 
     Returns:
         A scalar, or one loss per sample for ``"none"``; float32, or float64 for float64 logits. (torch returns the

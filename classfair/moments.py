@@ -76,7 +76,7 @@ def class_moments(
         num_classes: C.
         covariance: ``"diag"`` for variances, ``"full"`` for matrices (D up to 640), ``"none"``.
         ignore_index: label of samples that are left out.
-        backend: ``"native"``, ``"triton"``, ``"reference"``, or None for the fastest (see :mod:`classfair.backends`).
+        backend: ``"native"``, ``"triton"``, ``"reference"``, or None for the default (see :mod:`classfair.backends`).
 
     Returns:
         A :class:`ClassMoments`: ``count`` ``(C,)`` int64, ``mean`` ``(C, D)``, ``cov`` ``(C, D)``, ``(C, D, D)`` or

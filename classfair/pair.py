@@ -108,7 +108,7 @@ def pair_variance(
         target: ``(K,)`` int64 in ``[0, C)`` or -100 (no row), or a ``LabelIndex`` of them, so that several terms of
             one batch share it. None: all classes.
         normalize: R instead of S.
-        backend: ``"native"``, ``"triton"``, ``"reference"``, or None for the fastest (see :mod:`classfair.backends`).
+        backend: ``"native"``, ``"triton"``, ``"reference"``, or None for the default (see :mod:`classfair.backends`).
 
     Returns:
         :class:`PairTerms` with rows ``(M, C)``, M = min(K, C), for the labels in ``target``; the ``(C, C)`` table

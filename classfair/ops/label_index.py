@@ -99,7 +99,7 @@ def label_index(
         group: ``(N,)`` int64 in ``[0, num_groups)``, or -1 for "in no group".
         num_groups: number of groups G.
         ignore_index: label of rows that get no slot.
-        backend: ``"native"``, ``"triton"``, ``"reference"``, or None for the fastest (see :mod:`classfair.backends`).
+        backend: ``"native"``, ``"triton"``, ``"reference"``, or None for the default (see :mod:`classfair.backends`).
 
     Returns:
         A :class:`LabelIndex`; every output is int64 on the device of ``target``. No gradient.
