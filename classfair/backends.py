@@ -8,7 +8,8 @@
     Plain torch (:mod:`classfair.reference`), on every device.
 
 ``backend=None`` takes the first of these that has the primitive on the tensor's device and can run there. On the CPU
-the order is that of measured speed; on GPUs nobody has measured it yet. A back-end given by name is used or refused with an error, never replaced.
+the order is that of measured speed; on GPUs nobody has measured it yet. A back-end given by name is used or refused
+with an error, never replaced.
 """
 
 import importlib
