@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Packages for the build itself: the editable install uses the environment's torch instead of fetching a second one.
 BUILD := "setuptools>=77" "torch>=2.10" ninja "pybind11>=2.13" numpy
 GPU_VENV ?= .venv-gpu
-GPU_PYTEST = $(GPU_VENV)/bin/python -m pytest -o addopts=--strict-markers
+GPU_PYTEST = $(GPU_VENV)/bin/python -m pytest -o addopts="--strict-markers -ra"
 SANITIZED := plain-3x31 or plain-3x1025 or all-many-rows or mixed-all or dense-all or strided-3d \
   or skewed or nonfinite or 3x33 or cells-zeros or 17x17x16
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*) setup.py pyproject.toml
@@ -73,8 +73,10 @@ $(GPU_VENV)/.installed: $(SOURCES)
 	touch $@
 
 # Triton's compilations take most of the time: on all cores where pytest-xdist is installed. Pytest alone is enough.
+# cuBLAS is deterministic, as the tests ask for, with that workspace alone.
 test-gpu: $(GPU_VENV)/.installed  ## on a machine with a GPU: conformance of both GPU back-ends
-	$(GPU_PYTEST) $$($(GPU_VENV)/bin/python -c "import xdist; print('-n auto')" 2>/dev/null) -m "not slow" \
+	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 CUBLAS_WORKSPACE_CONFIG=:4096:8 \
+	  $(GPU_PYTEST) $$($(GPU_VENV)/bin/python -c "import xdist; print('-n auto')" 2>/dev/null) -m "not slow" \
 	  $(PRIMITIVES) tests/test_gpu*.py tests/test_torch_stack.py \
 	  -k "cuda or test_gpu" $(ARGS)
 

@@ -95,7 +95,6 @@ def available(primitive: str, device_type: str) -> tuple[str, ...]:
     return _available.get((primitive, device_type), ("reference",))
 
 
-@torch.compiler.assume_constant_result
 def _why_unusable(gpu: int) -> str:
     """Why ``classfair._cuda``, which could be imported, cannot run on a GPU (built for others, driver too old); empty
     where it can. Asked once per GPU, because it starts CUDA there."""
@@ -105,6 +104,10 @@ def _why_unusable(gpu: int) -> str:
         with torch.cuda.device(gpu):
             _unusable[gpu] = importlib.import_module("classfair._cuda").why_unusable()
     return _unusable[gpu]
+
+
+# What torch.compiler.assume_constant_result sets; itself it imports the whole compiler, which takes seconds.
+_why_unusable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _index(device: torch.device) -> int:

@@ -76,8 +76,9 @@ Tensor allocate(const Tensor& like, const std::array<int64_t, kDims>& sizes, Sca
       kDims, sizes.data(), strides.data(), torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
       static_cast<int32_t>(like.device().type()), like.get_device_index(), &handle);
   // The stable ABI loses torch's exception; those who retry with a smaller batch look for torch's words.
-  STD_TORCH_CHECK(error == TORCH_SUCCESS, like.is_cuda() ? "CUDA out of memory." : "can't allocate memory.",
-                  " classfair: no memory for a tensor of ", stride, " elements (torch's own message is above)");
+  STD_TORCH_CHECK(error == TORCH_SUCCESS,
+                  like.is_cuda() ? "CUDA out of memory." : "DefaultCPUAllocator: can't allocate memory.",
+                  " classfair: no memory for a tensor of ", stride, " elements, if torch's own message above agrees");
   return Tensor(handle);
 }
 

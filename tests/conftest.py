@@ -23,7 +23,8 @@ def runnable(primitive: str) -> list[tuple[str, str]]:
 #: Cases that meet every kernel and nearly every combination of inputs.
 FEATURED = {
     *("plain-3x31", "mixed-stats", "all", "all-many-rows", "all-wide", "mixed-all", "dense-all", "share-all"),
-    *("strided-3d", "strided-3d-many", "nan", "9x1-3", "200x31-2", "nonfinite", "large-offset-many"),
+    *("plain-0x5", "strided-3d", "strided-3d-many", "nan", "layout", "layout-narrow"),
+    *("9x1-3", "200x31-2", "nonfinite", "large-offset-many", "groups-3x33", "cells-zeros", "3x33", "perfect"),
 }
 
 

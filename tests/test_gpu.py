@@ -35,6 +35,13 @@ SIZES = [
 each_case = pytest.mark.parametrize("case", FEATURED, ids=lambda c: c.id)
 
 
+def test_both_back_ends_run_here():
+    """All others skip what cannot run."""
+    if backends.load_errors.get("_cuda") == "not built":
+        pytest.skip("built without CUDA kernels")
+    assert backends.usable("softmax_loss", torch.device("cuda"))[:2] == ("native", "triton")
+
+
 @pytest.fixture(params=["native", "triton"])
 def backend(request):
     device = torch.device("cuda")

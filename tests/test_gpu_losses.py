@@ -1,4 +1,5 @@
-"""Every public loss on a GPU: a training step never waits for the device, and may be captured in a graph."""
+"""Every public loss on a GPU: a training step never waits for the device, and may be captured in a graph, which also
+refuses a wait inside of our own kernels' launches that torch cannot see."""
 
 from functools import partial
 

@@ -13,7 +13,7 @@ struct RowGradient {
   int a = -1, b = -1;  // columns formed apart, -1: none
   A value_a = 0, value_b = 0;
   int64_t slot = -1;
-  bool live = false;  // false: the row's gradient is 0
+  int64_t live = 0;  // 0: the row's gradient is 0; no padding that a wide load would read unwritten
 };
 
 // The same from the statistics: p * (upstream_c + extras - dot), p the softmax of the given logits.

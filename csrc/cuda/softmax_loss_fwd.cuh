@@ -7,9 +7,9 @@ namespace classfair {
 
 // One row for the column sums: p = exp((z - high) - low).
 template <class A>
-struct alignas(16) RowSoftmax {
+struct alignas(sizeof(A) == 4 ? 16 : 8) RowSoftmax {
   A high, low;
-  bool counted;
+  int64_t counted;  // 0 or 1; no padding that a wide load would read unwritten
 };
 
 template <class T>
