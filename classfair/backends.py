@@ -34,7 +34,7 @@ load_errors: dict[str, str] = {}
 # (primitive, device type) -> back-ends that serve it; filled once by discover().
 _available: dict[tuple[str, str], tuple[str, ...]] = {}
 
-# GPU -> what why_unusable() found.
+# GPU -> what _why_unusable() found.
 _unusable: dict[int, str] = {}
 
 
@@ -144,8 +144,8 @@ def why_missing(primitive: str, device: torch.device, backend: str) -> str:
         module = "_C" if device.type == "cpu" else "_cuda"
         if module in load_errors:
             return f"classfair.{module}: {load_errors[module]}"
-        if device.type == "cuda" and _why_unusable(_index(device)):
-            return f"classfair._cuda: {_why_unusable(_index(device))}"
+        if device.type == "cuda" and (reason := _why_unusable(_index(device))):
+            return f"classfair._cuda: {reason}"
     if backend == "triton":
         if "kernels" in load_errors:
             return f"classfair.kernels: {load_errors['kernels']}"

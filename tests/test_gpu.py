@@ -11,6 +11,7 @@ from classfair.ops import label_index, softmax_loss
 
 from .cases import ALL_HARD, CASES, DIFFERENTIABLE, Case
 from .conformance import GRADIENT_SOURCES, as_truth, cast, check_case, upstream
+from .gpu import backend_fixture, captured, no_sync
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -42,12 +43,7 @@ def test_both_back_ends_run_here():
     assert backends.usable("softmax_loss", torch.device("cuda"))[:2] == ("native", "triton")
 
 
-@pytest.fixture(params=["native", "triton"])
-def backend(request):
-    device = torch.device("cuda")
-    if request.param not in backends.usable("softmax_loss", device):
-        pytest.skip(backends.why_missing("softmax_loss", device, request.param))
-    return request.param
+backend = backend_fixture("softmax_loss")
 
 
 def _device_upstream(inputs, backend):
@@ -73,14 +69,6 @@ def _assert_same(got, expected):
         assert torch.equal(got[name].nan_to_num(nan=7.0), value.nan_to_num(nan=7.0)), f"{name} differs"
 
 
-@pytest.fixture
-def no_sync():
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("case", SIZES, ids=lambda c: c.id)
 def test_sizes(case, backend, dtype):
@@ -99,28 +87,15 @@ def test_label_index_sizes(rows, num_classes, num_groups, backend):
 
 
 @each_case
-def test_never_waits_for_the_device(case, backend, request):
+def test_never_waits_for_the_device(case, backend):
     inputs = cast(case.build(), torch.float32, "cuda")
     gradients = _device_upstream(inputs, backend)
     target = inputs.get("target", torch.zeros(9, dtype=torch.int64, device="cuda"))
     _step(inputs, backend, gradients)  # compiles and loads
     label_index(target, inputs["logits"].shape[1], backend=backend)
-    request.getfixturevalue("no_sync")
-    _step(inputs, backend, gradients)
-    label_index(target, inputs["logits"].shape[1], backend=backend)
-
-
-def _captured(function):
-    """The function recorded in a CUDA graph, after a warm-up beside it."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = function()
-    return graph, result
+    with no_sync():
+        _step(inputs, backend, gradients)
+        label_index(target, inputs["logits"].shape[1], backend=backend)
 
 
 @pytest.mark.parametrize("case", [*FEATURED, MANY], ids=lambda c: c.id)
@@ -130,7 +105,7 @@ def test_graph_replays_with_new_data(case, backend):
     gradients = _device_upstream(first, backend)
     expected = [_step(inputs, backend, gradients) for inputs in (first, second)]
     static = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in first.items()}
-    graph, result = _captured(lambda: _step(static, backend, gradients))
+    graph, result = captured(lambda: _step(static, backend, gradients))
     for inputs, wanted in zip((second, first), reversed(expected), strict=True):
         for name, value in inputs.items():
             if isinstance(value, torch.Tensor):
@@ -142,7 +117,7 @@ def test_graph_replays_with_new_data(case, backend):
 def test_label_index_in_a_graph(backend):
     targets = [torch.randint(0, 50, (n,), device="cuda") for n in (5000, 5000)]
     static = targets[0].clone()
-    graph, result = _captured(lambda: label_index(static, 50, backend=backend))
+    graph, result = captured(lambda: label_index(static, 50, backend=backend))
     static.copy_(targets[1])
     graph.replay()
     _assert_same(result._asdict(), label_index(targets[1], 50, backend=backend)._asdict())

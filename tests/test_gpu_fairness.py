@@ -4,10 +4,10 @@ import pytest
 import torch
 
 import classfair
-from classfair import backends
 from classfair.ops.fairness import dependence, iou_penalty
 
 from .fairness_cases import cells, groups, overlap
+from .gpu import backend_fixture, captured, no_sync
 from .test_fairness_ops import cast, check, run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -15,12 +15,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 
 
-@pytest.fixture(params=["native", "triton"])
-def backend(request):
-    device = torch.device("cuda")
-    if request.param not in backends.usable("fairness", device):
-        pytest.skip(backends.why_missing("fairness", device, request.param))
-    return request.param
+backend = backend_fixture("fairness")
 
 
 @each_dtype
@@ -68,30 +63,19 @@ def _assert_same(got, expected):
 def test_never_waits_for_the_device(backend):
     _step(*_samples(0), backend)  # compiles and loads
     again = _samples(1)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_sync():
         _step(*again, backend)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_graph_replays_with_new_data(backend):
     batches = [_samples(seed) for seed in range(3)]
     static = [t.clone() for t in batches[0]]
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        _step(*static, backend)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = _step(*static, backend)
+    graph, result = captured(lambda: _step(*static, backend))
     for batch in batches[1:]:
         for to, value in zip(static, batch, strict=True):
             to.copy_(value)
         graph.replay()
-        _assert_same(captured, _step(*batch, backend))
+        _assert_same(result, _step(*batch, backend))
 
 
 def test_runs_on_the_current_stream(backend):

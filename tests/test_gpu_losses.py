@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import classfair
-from classfair import MixedTarget, backends
+from classfair import MixedTarget
+
+from .gpu import backend_fixture, captured, no_sync
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -31,12 +33,7 @@ PENALTIES = {
 }
 
 
-@pytest.fixture(params=["native", "triton"])
-def backend(request):
-    device = torch.device("cuda")
-    if request.param not in backends.usable("softmax_loss", device):
-        pytest.skip(backends.why_missing("softmax_loss", device, request.param))
-    return request.param
+backend = backend_fixture("softmax_loss")
 
 
 def _batch():
@@ -87,25 +84,14 @@ each_step = pytest.mark.parametrize(("kind", "name"), STEPS, ids=["-".join(s) fo
 def test_a_training_step_never_waits_for_the_device(kind, name, backend):
     step = _step(kind, name, backend)
     step()  # compiles and loads
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_sync():
         step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @each_step
 def test_a_training_step_in_a_graph(kind, name, backend):
-    eager, captured = _step(kind, name, backend), _step(kind, name, backend)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        captured()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = captured()
+    eager, repeated = _step(kind, name, backend), _step(kind, name, backend)
+    graph, result = captured(repeated)
     graph.replay()
     eager()  # the step that the warm-up took: running statistics change with each
     for got, expected in zip(result, eager(), strict=True):

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from classfair import ClassStatistics, backends, class_moments
+from classfair import ClassStatistics, class_moments
 
+from .gpu import backend_fixture, captured, no_sync
 from .moments import Case, check_case
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -19,12 +20,7 @@ SIZES = [
 COVARIANCES = ("none", "diag", "full")
 
 
-@pytest.fixture(params=["native", "triton"])
-def backend(request):
-    device = torch.device("cuda")
-    if request.param not in backends.usable("class_moments", device):
-        pytest.skip(backends.why_missing("class_moments", device, request.param))
-    return request.param
+backend = backend_fixture("class_moments")
 
 
 def _batches(count, rows=200, columns=48, classes=30):
@@ -55,35 +51,24 @@ def test_never_waits_for_the_device(covariance, backend):
     statistics, batches = _statistics(covariance, backend), list(_batches(2))
     statistics.update(*batches[0])  # compiles and loads
     class_moments(*batches[0], 30, covariance=covariance, ignore_index=-1, backend=backend)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_sync():
         statistics.update(*batches[1])
         class_moments(*batches[1], 30, covariance=covariance, ignore_index=-1, backend=backend)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("covariance", COVARIANCES)
 def test_graph_replays_with_new_data(covariance, backend):
-    captured, eager = _statistics(covariance, backend), _statistics(covariance, backend)
+    replayed, eager = _statistics(covariance, backend), _statistics(covariance, backend)
     batches = list(_batches(3))
     static = [t.clone() for t in batches[0]]
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        captured.update(*static)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured.update(*static)
-    captured.reset()
+    graph, _ = captured(lambda: replayed.update(*static))
+    replayed.reset()
     for batch in batches:
         for to, value in zip(static, batch, strict=True):
             to.copy_(value)
         graph.replay()
         eager.update(*batch)
-    _assert_same(captured, eager)
+    _assert_same(replayed, eager)
 
 
 def test_runs_on_the_current_stream(backend):
