@@ -11,7 +11,7 @@ SANITIZED := plain-3x31 or plain-3x1025 or all-many-rows or mixed-all or dense-a
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*) setup.py pyproject.toml
 # Triton's kernels run on the CPU through its interpreter, which warns of every infinity it meets. It takes 20 seconds for
 # each of the wide cases with groups: those wait for test-slow.
-PRIMITIVES := tests/test_conformance.py tests/test_class_moments.py tests/test_pair_terms.py tests/test_fairness_ops.py
+PRIMITIVES := $(addprefix tests/primitives/test_,softmax_loss.py class_moments.py pair_terms.py penalties.py)
 INTERPRETED = TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PRIMITIVES) -W ignore::RuntimeWarning
 CPP := $(filter-out %.py,$(wildcard csrc/*.cpp csrc/*.h csrc/*/*))
 
@@ -77,7 +77,7 @@ $(GPU_VENV)/.installed: $(SOURCES)
 test-gpu: $(GPU_VENV)/.installed  ## on a machine with a GPU: conformance of both GPU back-ends
 	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 CUBLAS_WORKSPACE_CONFIG=:4096:8 \
 	  $(GPU_PYTEST) $$($(GPU_VENV)/bin/python -c "import xdist; print('-n auto')" 2>/dev/null) -m "not slow" \
-	  $(PRIMITIVES) tests/test_gpu*.py tests/test_torch_stack.py \
+	  $(PRIMITIVES) tests/gpu tests/primitives/test_torch_stack.py \
 	  -k "cuda or test_gpu" $(ARGS)
 
 bench-gpu: $(GPU_VENV)/.installed  ## on a machine with a GPU: time both GPU back-ends beside torch

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import classfair
 from classfair.ops import label_index
-from classfair.training.fairness import PENALTIES
+from classfair.training.group_measures import PENALTIES
 
 from . import machine
 from .measure import in_process, interleave, keep, seconds_per_call

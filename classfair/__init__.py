@@ -10,10 +10,16 @@ from classfair.fairness import (
     intersection_over_union,
     iou_loss,
 )
-from classfair.feature_losses import ISDALoss, MetaLADLoss
 from classfair.functional import cross_entropy, cross_entropy_with_stats
-from classfair.losses import ClassBalancedLoss, CrossEntropyLoss, FocalLoss, LDAMLoss, LogitAdjustedLoss
-from classfair.moments import ClassMoments, ClassStatistics, class_moments
+from classfair.losses import (
+    ClassBalancedLoss,
+    CrossEntropyLoss,
+    FocalLoss,
+    ISDALoss,
+    LDAMLoss,
+    LogitAdjustedLoss,
+    MetaLADLoss,
+)
 from classfair.pair import PairTerms, distance_margin, mean_class_distance, pair_variance
 from classfair.priors import (
     effective_counts,
@@ -24,7 +30,15 @@ from classfair.priors import (
     tau_normalize,
 )
 from classfair.schedules import DeferredReweighting, ISDARamp, Warmup
-from classfair.statistics import BatchStats, JointRows, effective_frequency, prediction_bias
+from classfair.statistics import (
+    BatchStats,
+    ClassMoments,
+    ClassStatistics,
+    JointRows,
+    class_moments,
+    effective_frequency,
+    prediction_bias,
+)
 from classfair.targets import MixedTarget, class_counts, total_weight
 
 __version__ = "0.1.0"

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from classfair import _validate as check
 from classfair import backends, reference
-from classfair.ops.fairness import dependence, iou_penalty
 from classfair.ops.label_index import Cells
+from classfair.ops.penalties import dependence, iou_penalty
 from classfair.ops.reduced_loss import Term
 from classfair.statistics import BatchStats
 

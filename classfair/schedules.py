@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from classfair import _validate as check
-from classfair.feature_losses import ISDALoss
-from classfair.losses import CrossEntropyLoss
+from classfair.losses import CrossEntropyLoss, ISDALoss
 from classfair.priors import effective_number_weights
 
 

@@ -1,6 +1,6 @@
 """Metrics of class fairness, in two forms.
 
-Functions of counts and accuracies (:mod:`classfair.metrics.functional`) need NumPy only. The classes are
+Functions of counts and accuracies (:mod:`classfair.metrics.counts`) need NumPy only. The classes are
 ``torchmetrics.Metric`` and need ``pip install "classfair[metrics]"``; they are imported when first asked for.
 ``docs/metrics.md`` has a table of all of them.
 """
@@ -8,7 +8,7 @@ Functions of counts and accuracies (:mod:`classfair.metrics.functional`) need Nu
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from classfair.metrics.functional import (
+from classfair.metrics.counts import (
     balanced_accuracy,
     best_class_accuracy,
     cumulative_false_positives,

@@ -1,9 +1,9 @@
 """The primitives: schema, fake kernel and autograd Function of one each."""
 
 from classfair.ops.class_moments import SlotMoments, class_moments, class_moments_merge
-from classfair.ops.fairness import dependence, iou_penalty
 from classfair.ops.label_index import Cells, LabelIndex, contested_cells, label_index
 from classfair.ops.pair_terms import PairTermRows, pair_terms
+from classfair.ops.penalties import dependence, iou_penalty
 from classfair.ops.softmax_loss import SoftmaxLoss, softmax_loss
 
 __all__ = [

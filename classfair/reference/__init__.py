@@ -5,7 +5,6 @@ of these formulas. It runs on every device; autograd differentiates it.
 """
 
 from classfair.reference.class_moments import class_moments, class_moments_merge, merge_weight
-from classfair.reference.fairness import dependence, group_iou, iou_penalty
 from classfair.reference.label_index import contested_cells, label_index
 from classfair.reference.pair_terms import (
     pair_terms,
@@ -14,6 +13,7 @@ from classfair.reference.pair_terms import (
     pair_terms_double_backward,
     pair_terms_jvp,
 )
+from classfair.reference.penalties import dependence, group_iou, iou_penalty
 from classfair.reference.softmax_loss import softmax_loss, softmax_loss_backward
 
 __all__ = [

@@ -13,7 +13,7 @@ from classfair.training import interruption
 from classfair.training.config import CHANGEABLE, TrainConfig, defaults
 from classfair.training.distributed import SINGLE, Processes, joined
 from classfair.training.engine import DeviceUnavailableError, resolve_device, run_all
-from classfair.training.fairness import GROUP_COLUMNS
+from classfair.training.group_measures import GROUP_COLUMNS
 from classfair.training.image_folder import BadImageError
 from classfair.training.models import MissingPackageError
 from classfair.training.report import CONFIG_VERSION, resolved_config, write_report

@@ -15,14 +15,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
 import classfair
-from classfair.feature_losses import FeatureLoss
+from classfair.losses import FeatureLoss
 from classfair.nn import WithFeatures, with_features
 from classfair.training import interruption
+from classfair.training.batches import Data, Draw, EvaluationOrder, TrainingOrder, derived_seed, load_data, loader
 from classfair.training.config import FEATURE_LOSSES, TrainConfig
-from classfair.training.data import Data, Draw, EvaluationOrder, TrainingOrder, derived_seed, load_data, loader
 from classfair.training.distributed import Processes, local_device
-from classfair.training.fairness import NEED_JOINT, penalty
-from classfair.training.groups import NO_GROUP, check_same_groups, group_state
+from classfair.training.group_measures import NEED_JOINT, penalty
+from classfair.training.group_table import NO_GROUP, check_same_groups, group_state
 from classfair.training.image_folder import BadImageError
 from classfair.training.models import build_model
 from classfair.training.objective import (

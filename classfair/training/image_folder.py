@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from classfair.data import MixedTargetCollate
+from classfair.training.batches import Data, Draw, Request, derived_seed
 from classfair.training.config import TrainConfig
-from classfair.training.data import Data, Draw, Request, derived_seed
-from classfair.training.groups import check_for_penalty, read_groups
+from classfair.training.group_table import check_for_penalty, read_groups
 
 Sample = tuple[str, int]  # path and label
 

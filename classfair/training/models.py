@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from classfair.nn import CosineLinear, replace_head
+from classfair.training.batches import Draw, derived_seed
 from classfair.training.config import TrainConfig
-from classfair.training.data import Draw, derived_seed
 
 WIDTHS = (64, 64, 32)
 

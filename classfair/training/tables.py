@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from classfair.training import fairness
+from classfair.training import group_measures
 from classfair.training.config import TrainConfig
 from classfair.training.run_folder import json_ready
 from classfair.training.totals import COLUMNS, RunResult, group_columns, summarise
@@ -94,8 +94,8 @@ def _left_out(result: RunResult, part: str) -> str:
         return ""
     classes = len(result.class_names)
     return (
-        f"{part} penalties {' and '.join(fairness.NEED_JOINT)} are left out: their table of {classes} x "
-        f"{len(result.groups)} x {classes} numbers is above {fairness.MAX_TABLE_BYTES / 2**20:.3g} MiB"
+        f"{part} penalties {' and '.join(group_measures.NEED_JOINT)} are left out: their table of {classes} x "
+        f"{len(result.groups)} x {classes} numbers is above {group_measures.MAX_TABLE_BYTES / 2**20:.3g} MiB"
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from classfair import BatchStats, metrics
 from classfair.training.config import TrainConfig
 from classfair.training.distributed import Processes
-from classfair.training.fairness import GROUP_COLUMNS, GroupTotals, measures
+from classfair.training.group_measures import GROUP_COLUMNS, GroupTotals, measures
 
 COLUMNS = ("many", "medium", "few", "all", "geometric_mean", "worst_class")
 CLASS_COLUMNS = ("count", "correct", "predicted", "mass", "hit")

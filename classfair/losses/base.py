@@ -1,0 +1,337 @@
+"""What all losses share: cross-entropy with statistics, and losses that also look at features and weights."""
+
+import warnings
+from typing import Any, TypedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from classfair import _validate as check
+from classfair._state import KeepsPrecision
+from classfair.functional import cross_entropy, cross_entropy_with_stats
+from classfair.ops import LabelIndex, label_index
+from classfair.pair import PairTerms, pair_variance
+from classfair.statistics import BatchStats, ClassStatistics
+from classfair.targets import MixedTarget, total_weight
+
+_PERTURBATIONS = ("reweight", "offset", "margin")
+
+#: A perturbation beyond this many logits decides the loss by itself; it is reported where state is read anyway.
+LARGE = 20.0
+
+
+class Keywords(TypedDict, total=False):
+    """What every loss takes, as :class:`CrossEntropyLoss` does."""
+
+    weight: Tensor | None
+    ignore_index: int
+    reduction: str
+    label_smoothing: float
+    backend: str | None
+
+
+class CrossEntropyLoss(KeepsPrecision):
+    """:class:`torch.nn.CrossEntropyLoss` with per-class statistics from the same pass.
+
+    In evaluation (``criterion.eval()``, or under ``no_grad`` or ``inference_mode``) the losses built on this class
+    compute plain cross-entropy: ``offset``, ``margin``, ``gamma`` and ``reweight`` are for training only; ``weight``,
+    the user's, keeps torch's meaning everywhere.
+
+    Args:
+        weight: ``(C,)`` class weights >= 0, a buffer.
+        ignore_index, reduction, label_smoothing: as in :func:`classfair.cross_entropy`.
+        backend: as in :func:`classfair.cross_entropy`.
+
+    Shape: logits ``(N, C)`` or ``(N, C, d1, ...)``; target as in :func:`classfair.cross_entropy`.
+    State: ``weight`` and ``reweight``, each ``(C,)`` or None. ``reweight`` are class weights for training, multiplied
+    with ``weight``; :class:`ClassBalancedLoss` and :class:`DeferredReweighting` set them. Both load as they were saved,
+    None included. No parameters. ``half()`` and ``to(bfloat16)`` do not round the state.
+
+    Raises:
+        TypeError, ValueError: a weight that is no floating vector; a reduction or label_smoothing out of range.
+
+    Example:
+        >>> criterion = classfair.CrossEntropyLoss(label_smoothing=0.1)
+        >>> loss, stats = criterion.with_stats(torch.randn(4, 3, requires_grad=True), torch.tensor([0, 1, 2, 0]))
+        >>> stats.count.tolist()
+        [[2, 1, 1]]
+    """
+
+    _version = 2  # from 2 on a weight that the state does not have was None
+
+    weight: Tensor | None
+    reweight: Tensor | None
+    offset: Tensor | None
+    margin: Tensor | None
+    _place: Tensor
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        *,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        check.check_choice(name, "reduction", reduction, check.REDUCTIONS)
+        check.check_number(name, "label_smoothing", label_smoothing, 0.0, 1.0)
+        if weight is not None:
+            check.check_floats(name, "weight", weight, (weight.numel() if isinstance(weight, Tensor) else 0,))
+        self.register_buffer("weight", weight)
+        for vector in _PERTURBATIONS:
+            self.register_buffer(vector, None)
+        # Knows the device of the module where nothing else is there to know it.
+        self.register_buffer("_place", torch.empty(0), persistent=False)
+        self.gamma = 0.0
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+        self.label_smoothing = label_smoothing
+        self.backend = backend
+        self.own: tuple[str, ...] = ()  # vectors that the loss makes itself, for `Warmup` to ramp
+        self.ramped = False  # `Warmup` does
+
+    def put(self, name: str, vector: Tensor | None) -> None:
+        """Set ``reweight``, ``offset`` or ``margin`` to a copy; in place where there is one, so as not to recompile."""
+        old = getattr(self, name)
+        if vector is None:
+            setattr(self, name, None)
+        elif old is not None and old.shape == vector.shape:
+            old.copy_(vector)
+        else:
+            for other in ("weight", *_PERTURBATIONS):
+                present = getattr(self, other)
+                if other != name and present is not None and present.shape != vector.shape:
+                    wanted = f"{name} of the shape of {other}, {tuple(present.shape)}"
+                    raise ValueError(f"{type(self).__name__}: expected {wanted}, got {tuple(vector.shape)}")
+            setattr(self, name, vector.detach().to(self._place.device, copy=True))
+
+    def _make_own(self, name: str, vector: Tensor) -> None:
+        self.put(name, vector)
+        self.own += (name,)
+
+    def perturbation(self) -> dict[str, Any]:
+        """Keyword arguments of :func:`classfair.cross_entropy` that apply in training only."""
+        weight = self.weight
+        if self.reweight is not None:
+            weight = self.reweight if weight is None else weight * self.reweight
+        return {"offset": self.offset, "margin": self.margin, "gamma": self.gamma, "weight": weight}
+
+    @property
+    def active(self) -> bool:
+        """Whether the loss perturbs, as in training; else it is plain cross-entropy."""
+        return self.training and torch.is_grad_enabled()
+
+    def _arguments(self) -> dict[str, Any]:
+        return {
+            "weight": self.weight,
+            "ignore_index": self.ignore_index,
+            "reduction": self.reduction,
+            "label_smoothing": self.label_smoothing,
+            "backend": self.backend,
+            **(self.perturbation() if self.active else {}),
+        }
+
+    def forward(self, logits: Tensor, target: Tensor | MixedTarget) -> Tensor:
+        """The loss; shapes as in :func:`classfair.cross_entropy`."""
+        return cross_entropy(logits, target, **self._arguments())
+
+    def with_stats(
+        self,
+        logits: Tensor,
+        target: Tensor | MixedTarget,
+        *,
+        group: Tensor | None = None,
+        num_groups: int | None = None,
+        joint: bool | str = False,
+        **options: Any,
+    ) -> tuple[Tensor, BatchStats]:
+        """The loss and the :class:`BatchStats` of the same pass, as :func:`classfair.cross_entropy_with_stats`.
+
+        ``options``: its ``label``, ``confusion``, ``differentiable``, ``penalty`` and ``penalty_weight``.
+        """
+        options |= {"group": group, "num_groups": num_groups, "joint": joint}
+        return cross_entropy_with_stats(logits, target, **options, **self._arguments())
+
+    def total_weight(self, target: Tensor | MixedTarget) -> Tensor:
+        """What "mean" divides by, as :func:`classfair.total_weight` with the weights that :meth:`forward` would use."""
+        return total_weight(target, weight=self._arguments()["weight"], ignore_index=self.ignore_index)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
+    ) -> None:
+        """Weights come and go with the state: a schedule may have set them there, or here."""
+        for name in ("weight", "reweight"):
+            saved, here = state_dict.get(prefix + name), getattr(self, name)
+            if saved is not None and here is None:
+                setattr(self, name, torch.empty_like(saved, device=self._place.device))
+            elif saved is None and local_metadata.get("version", 0) >= 2:  # this loss was saved, and without
+                setattr(self, name, None)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+    def extra_repr(self) -> str:
+        return f"ignore_index={self.ignore_index}, reduction={self.reduction!r}, label_smoothing={self.label_smoothing}"
+
+
+class FeatureLoss(CrossEntropyLoss):
+    """Base of the losses of ``(features, linear_weight, target)``: when they perturb, and when their state changes.
+
+    Subclasses say what is added to the logits of a label: :meth:`pair`.
+    """
+
+    statistics: ClassStatistics
+    largest: Tensor
+
+    def __init__(
+        self, num_classes: int, feature_dim: int, statistics: ClassStatistics | None, every: int, keywords: Keywords
+    ) -> None:
+        super().__init__(**keywords)
+        name = type(self).__name__
+        if statistics is None:
+            statistics = ClassStatistics(num_classes, feature_dim)
+        if not isinstance(statistics, ClassStatistics):
+            raise TypeError(f"{name}: expected statistics as ClassStatistics, got {type(statistics).__name__}")
+        if statistics.cov is None:
+            raise ValueError(f"{name}: expected statistics with a covariance, got covariance='none'")
+        if tuple(statistics.mean.shape) != (num_classes, feature_dim):
+            raise ValueError(
+                f"{name}: expected statistics of {num_classes} classes and {feature_dim} features,"
+                f" got {tuple(statistics.mean.shape)}"
+            )
+        check.check_number(name, "every", every, 1)
+        self.statistics = statistics
+        self.every = every
+        self.updates = 0
+        self.register_buffer("largest", torch.zeros(()), persistent=False)
+
+    def pair(self, linear_weight: Tensor, labels: Tensor) -> PairTerms:
+        """What is added to the logits of each label."""
+        raise NotImplementedError
+
+    def absorbed(
+        self, features: Tensor, linear_weight: Tensor, target: Tensor | MixedTarget, linear_bias: Tensor | None
+    ) -> Tensor | None:
+        """Perturbed logits without pair rows, where the raw ones are not wanted and there is a cheaper way."""
+        return None
+
+    def _index(self, labels: Tensor) -> LabelIndex:
+        classes = self.statistics.mean.shape[0]
+        return label_index(labels, classes, ignore_index=self.ignore_index, backend=self.backend)
+
+    def _variance(self, linear_weight: Tensor, index: LabelIndex, *, normalize: bool = False) -> PairTerms:
+        cov = self.statistics.cov
+        assert cov is not None
+        backend = self.backend if cov.dim() == 2 else None  # matrices are for plain torch
+        pair = pair_variance(linear_weight, cov, index, normalize=normalize, backend=backend)
+        assert isinstance(pair, PairTerms)
+        return pair
+
+    def forward(  # type: ignore[override]
+        self,
+        features: Tensor,
+        linear_weight: Tensor,
+        target: Tensor | MixedTarget,
+        *,
+        logits: Tensor | None = None,
+        linear_bias: Tensor | None = None,
+        update: bool = True,
+    ) -> Tensor:
+        """The loss; see the class for shapes. ``update=False`` leaves the state alone, as in virtual steps."""
+        raw = logits is not None
+        logits, arguments = self._prepare(features, linear_weight, target, logits, linear_bias, update, raw=raw)
+        return cross_entropy(logits, target, **arguments)
+
+    def with_stats(  # type: ignore[override]
+        self,
+        features: Tensor,
+        linear_weight: Tensor,
+        target: Tensor | MixedTarget,
+        *,
+        logits: Tensor | None = None,
+        linear_bias: Tensor | None = None,
+        update: bool = True,
+        **options: Any,
+    ) -> tuple[Tensor, BatchStats]:
+        """The loss and the :class:`BatchStats` of the unperturbed logits, from one pass over them.
+
+        ``options``: ``group``, ``num_groups``, ``joint``, ``label``, ``confusion``, ``differentiable``, ``penalty`` and
+        ``penalty_weight`` of :func:`classfair.cross_entropy_with_stats`.
+        """
+        logits, arguments = self._prepare(features, linear_weight, target, logits, linear_bias, update, raw=True)
+        return cross_entropy_with_stats(logits, target, **options, **arguments)
+
+    def _prepare(
+        self,
+        features: Tensor,
+        linear_weight: Tensor,
+        target: Tensor | MixedTarget,
+        logits: Tensor | None,
+        linear_bias: Tensor | None,
+        update: bool,
+        *,
+        raw: bool,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Logits and the arguments of the loss on them; ``raw`` where they have to be the unperturbed ones."""
+        self._check(features, linear_weight, target)
+        arguments = self._arguments()
+        if self.active:
+            if update:
+                self._update(features, linear_weight, target)
+            perturbed = None if raw else self.absorbed(features, linear_weight, target, linear_bias)
+            if perturbed is not None:
+                return perturbed, arguments
+            arguments["pair"] = self.pair(linear_weight, _both(target))
+        if logits is None:
+            logits = F.linear(features, linear_weight, linear_bias)
+        return logits, arguments
+
+    def _check(self, features: Any, linear_weight: Any, target: Any) -> None:
+        name, (num_classes, dim) = type(self).__name__, self.statistics.mean.shape
+        rows = features.shape[0] if isinstance(features, Tensor) and features.dim() == 2 else -1
+        check.check_floats(name, "features", features, (max(rows, 0), dim))
+        check.check_floats(name, "linear_weight", linear_weight, (num_classes, dim))
+        if isinstance(target, Tensor) and target.is_floating_point():
+            raise TypeError(f"{name}: expected hard labels or MixedTarget, got probabilities")
+
+    @torch.no_grad()
+    def _update(self, features: Tensor, linear_weight: Tensor, target: Tensor | MixedTarget) -> None:
+        self.statistics.update(features, _major(target))
+        if self.updates % self.every == 0:
+            self._refresh(linear_weight, _both(target))
+        self.updates += 1
+
+    def _refresh(self, linear_weight: Tensor, labels: Tensor) -> None:
+        """What needs doing only now and then."""
+        largest = self.pair(linear_weight, labels).rows.abs().amax() if labels.numel() else self.largest.new_zeros(())
+        torch.maximum(self.largest, largest.float(), out=self.largest)
+
+    def get_extra_state(self) -> dict[str, int]:
+        if self.largest > LARGE:  # whoever saves state waits for the device anyway
+            warnings.warn(
+                f"classfair: {type(self).__name__} perturbed logits by up to {float(self.largest):.3g}; beyond"
+                f" {LARGE:g} the perturbation decides the loss alone: lower its strength",
+                UserWarning,
+                stacklevel=2,
+            )
+            self.largest.zero_()
+        return {"updates": self.updates}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.updates = state["updates"]
+
+
+def _both(target: Tensor | MixedTarget) -> Tensor:
+    """Labels to make pair rows for: (N,), or (2N,) of a MixedTarget."""
+    return torch.cat([target.y_a, target.y_b]) if isinstance(target, MixedTarget) else target
+
+
+def _major(target: Tensor | MixedTarget) -> Tensor:
+    """The label that the features of a mixture count for: that of the larger share, as in all statistics."""
+    if not isinstance(target, MixedTarget):
+        return target
+    if not isinstance(target.lam, Tensor):
+        return target.y_b if target.lam < 0.5 else target.y_a
+    return torch.where(target.lam.to(target.y_a.device) < 0.5, target.y_b, target.y_a)

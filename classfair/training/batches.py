@@ -1,0 +1,170 @@
+"""Training and validation images as batches, in an order that depends on seed and epoch alone."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
+
+from classfair.data import ClassBalancedSampler, UnpaddedDistributedSampler
+from classfair.training.config import TrainConfig
+from classfair.training.distributed import Processes
+from classfair.training.group_table import Groups
+
+#: What a batch is asked for with: the epoch, and the indices of its images.
+Request = tuple[int, list[int]]
+
+
+@dataclass(frozen=True)
+class Data:
+    """The images of one seed. Both data sets answer a :data:`Request` with ``(images, target)``."""
+
+    train: Dataset[Any]
+    val: Dataset[Any]
+    train_targets: Tensor  # (N,) int64
+    num_val: int
+    class_names: list[str]
+    groups: Groups | None = None
+
+
+class TensorBatches(Dataset[Any]):
+    """Images that fit in memory."""
+
+    def __init__(self, images: Tensor, target: Tensor) -> None:
+        self.images, self.target = images, target
+
+    def __getitem__(self, request: Request) -> tuple[Tensor, Tensor]:
+        _, indices = request
+        return self.images[indices], self.target[indices]
+
+
+class Draw(IntEnum):
+    """What random numbers are drawn for."""
+
+    ORDER, IMAGE, MIX, DROPOUT, HEAD, GROUP = range(6)
+
+
+def derived_seed(purpose: Draw, *parts: int) -> int:
+    """A seed of its own for every purpose and combination of numbers, e.g. seed, epoch and process."""
+    return int(np.random.SeedSequence((purpose, *parts)).generate_state(1, np.uint64)[0])
+
+
+def load_data(config: TrainConfig, seed: int) -> Data:
+    """The data set that the configuration names."""
+    if config.image_folder is not None:
+        from classfair.training.image_folder import load_image_folder
+
+        return load_image_folder(config, config.image_folder, seed)
+    from classfair.training.digits import GROUP_NAMES, digits_long_tailed, in_groups
+
+    split, groups = digits_long_tailed(seed, config.imbalance), None
+    if config.has_groups:
+        split, *parts = in_groups(split, np.random.default_rng(derived_seed(Draw.GROUP, seed)))
+        groups = Groups(GROUP_NAMES, *parts)
+    return Data(
+        train=TensorBatches(split.train_x, split.train_y),
+        val=TensorBatches(split.test_x, split.test_y),
+        train_targets=split.train_y,
+        num_val=len(split.test_y),
+        class_names=[str(digit) for digit in range(10)],
+        groups=groups,
+    )
+
+
+class TrainingOrder(Sampler[Request]):
+    """Requests of one process for one epoch, the same number on every process.
+
+    An optimiser step takes the next ``world * batch_size * grad_accum`` images of the epoch's order, the last step
+    what is left, and deals them out as evenly as it can: to forward passes, and those of one pass to processes. So what
+    a step computes does not depend on how many processes and forward passes share it, nor what a pass of all processes
+    together computes on their number. A part without an image gets one that counts for nothing (see :meth:`counts`),
+    because every process must take part in every collective. Batch norm cannot do with one image, so that parts have
+    two at least; a last step of a single image joins the one before.
+    """
+
+    def __init__(self, targets: Tensor, config: TrainConfig, seed: int, epoch: int, processes: Processes) -> None:
+        self.epoch = epoch
+        if config.sampler == "class-balanced":
+            sampler = ClassBalancedSampler(targets, seed=seed, num_replicas=1, rank=0)
+            sampler.set_epoch(epoch)
+            order = torch.tensor(list(sampler))
+        else:
+            generator = torch.Generator().manual_seed(derived_seed(Draw.ORDER, seed, epoch))
+            order = torch.randperm(len(targets), generator=generator)
+        steps = list(order.split(config.grad_accum * processes.world * config.batch_size))
+        least = min(2, config.batch_size)
+        if len(steps) > 1 and len(steps[-1]) < least:
+            steps[-2:] = [torch.cat(steps[-2:])]
+        self._filler = order[:least]
+        self._requests = [
+            [_deal(images, processes.world, least)[processes.rank] for images in _deal(step, config.grad_accum, least)]
+            for step in steps
+        ]
+
+    def counts(self, step: int, part: int) -> bool:
+        """Whether the images of a forward pass count, or only stand in for none."""
+        return len(self._requests[step][part]) > 0
+
+    @property
+    def steps(self) -> int:
+        return len(self._requests)
+
+    def __iter__(self) -> Iterator[Request]:
+        for step in self._requests:
+            for indices in step:
+                yield self.epoch, (indices if len(indices) else self._filler).tolist()
+
+    def __len__(self) -> int:
+        return sum(map(len, self._requests))
+
+
+def _deal(step: Tensor, parts: int, least: int) -> list[Tensor]:
+    """Parts of nearly equal size and at least that many images; some may be empty for it."""
+    filled = max(1, min(parts, len(step) // least))
+    return [*step.tensor_split(filled), *[step[:0]] * (parts - filled)]
+
+
+class EvaluationOrder(Sampler[Request]):
+    """Requests of one process that together cover every image exactly once; a process may have none."""
+
+    def __init__(self, num_images: int, batch_size: int, processes: Processes) -> None:
+        world, rank = processes.world, processes.rank
+        mine = UnpaddedDistributedSampler(range(num_images), num_replicas=world, rank=rank)
+        self._batches = BatchSampler(mine, batch_size, drop_last=False)
+
+    def __iter__(self) -> Iterator[Request]:
+        yield from ((0, indices) for indices in self._batches)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+
+def loader(
+    dataset: Dataset[Any], order: Sampler[Request], config: TrainConfig, device: torch.device
+) -> DataLoader[Any]:
+    """A loader for one epoch: a fresh one each time, so that nothing of its state needs saving."""
+    return DataLoader(
+        dataset,
+        sampler=order,
+        batch_size=None,  # requests are whole batches
+        collate_fn=_as_it_is,
+        worker_init_fn=_leave_interrupts_to_the_main_process,
+        num_workers=config.workers,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator().manual_seed(0),  # unused, but else drawn from the global random state
+    )
+
+
+def _leave_interrupts_to_the_main_process(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch

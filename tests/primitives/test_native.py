@@ -1,0 +1,70 @@
+"""The compiled CPU kernels themselves: instruction sets, exponential, thread safety of errors."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from classfair import backends
+
+pytestmark = pytest.mark.skipif("_C" in backends.load_errors, reason="no compiled CPU kernels")
+
+
+def test_build_info():
+    from classfair import _C
+
+    info = _C.build_info()
+    assert {"compiler", "cuda", "cuda_archs", "cpu_instruction_sets", "cpu_instruction_set"} <= info.keys()
+    assert info["cpu_instruction_set"] in info["cpu_instruction_sets"]
+    assert info["cpu_instruction_set"] == {
+        "AVX512": "avx512",
+        "AVX2": "avx2",
+    }.get(torch.backends.cpu.get_cpu_capability(), "baseline")
+
+
+def exponential(x):
+    """exp as the kernels compute it: with an upstream gradient of lse only and lse = 0, the gradient is exp(z)."""
+    rows, classes = x.shape
+    none = [None] * 10
+    target = torch.full((rows,), 0)
+    arguments = [x, None, None, None, target, *none[:7]]
+    zero = torch.zeros(rows, dtype=torch.float64)
+    scalars = (1, 0, classes, 0, -100, 0.0, 0.0, 0)
+    one = torch.ones(rows, dtype=torch.float64)
+    return torch.ops.classfair_native.softmax_loss_bwd(
+        None, one, None, None, None, *arguments, zero, zero[:0], *scalars, False, False, False
+    )[0]
+
+
+def test_exponential_is_within_its_stated_error():
+    x = torch.cat([torch.linspace(-87.33, 0, 2_000_000), -torch.logspace(-30, 0, 48_000)]).view(-1, 1000)
+    error = (exponential(x).double() / x.double().exp() - 1).abs()
+    assert error.max().item() < 2e-7
+
+
+@pytest.mark.parametrize("shape", [(1, 24), (24, 1)], ids=["wide", "narrow"])
+def test_exponential_at_the_ends(shape):
+    x = torch.tensor([0.0, -0.0, -88.5, -200.0, -torch.inf, torch.nan, 1.0, -1.0]).repeat(3).view(shape)
+    y = exponential(x).flatten()
+    assert y[:2].tolist() == pytest.approx([1.0, 1.0], rel=2e-7)
+    assert y[2:5].tolist() == [0.0, 0.0, 0.0]
+    assert bool(y[5].isnan())
+
+
+def test_the_baseline_instruction_set_passes_the_suite():
+    """ATEN_CPU_CAPABILITY limits our kernels as it limits torch's. The best set of this machine ran already."""
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default"}
+    root = Path(__file__).parents[2]
+
+    def run(*arguments):
+        return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, cwd=root)
+
+    code = "from classfair import _C; print(_C.build_info()['cpu_instruction_set'])"
+    assert run("-c", code).stdout.strip() == "baseline"
+    files = [f"tests/primitives/test_{name}.py" for name in ("softmax_loss", "class_moments", "pair_terms")]
+    result = run("-m", "pytest", *files, "-q", "-k", "values_and and native-cpu")
+    assert result.returncode == 0, result.stdout[-2000:]
+    assert " passed" in result.stdout

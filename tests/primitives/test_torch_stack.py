@@ -1,0 +1,166 @@
+"""The primitives inside torch's machinery: opcheck, compile, export, function transforms, autocast."""
+
+import pytest
+import torch
+from torch.utils import _pytree as pytree
+
+import classfair
+from classfair.ops import softmax_loss
+from tests.support.cases import CASES
+from tests.support.conformance import cast
+from tests.support.pairs import runnable
+
+KERNELS = [p for p in runnable("softmax_loss") if p[0] != "reference"]
+each_kernel = pytest.mark.parametrize(("backend", "device"), KERNELS, ids=["-".join(p) for p in KERNELS])
+CPU = [b for b, d in runnable("softmax_loss") if d == "cpu" and b != "triton"]
+OPCHECK = [c for c in CASES if c.id in ("plain-3x31", "all", "dense-all", "strided-3d", "mixed-stats", "plain-0x5")]
+
+
+def _raw_arguments(case, device):
+    x = cast(case.build(), torch.float32, device)
+    names = [
+        "logits",
+        "offset",
+        "margin",
+        "pair",
+        "target",
+        "target_b",
+        "mix",
+        "soft_target",
+        "slot",
+        "weight",
+        "group",
+        "cell",
+    ]
+    tensors = [x.get(n) for n in names]
+    scalars = [
+        x.get("num_groups", 1),
+        x.get("num_cells", 0),
+        x["logits"].shape[1],
+        0,
+        x.get("ignore_index", -100),
+        x.get("label_smoothing", 0.0),
+        x.get("gamma", 0.0),
+        x["stats"],
+    ]
+    return tensors, scalars, x
+
+
+@each_kernel
+@pytest.mark.parametrize("case", OPCHECK, ids=lambda c: c.id)
+def test_opcheck(case, backend, device):
+    ops = getattr(torch.ops, f"classfair_{backend}")
+    tensors, scalars, x = _raw_arguments(case, device)
+    torch.library.opcheck(ops.softmax_loss_fwd.default, (*tensors, None, None, *scalars))
+    out = ops.softmax_loss_fwd(*tensors, None, None, *scalars)
+    loss, lse, _, _, mass, hit, joint, _, _ = (torch.rand_like(o) if o.is_floating_point() else o for o in out)
+    if not x["stats"]:
+        mass = hit = None
+    if x.get("cell") is None:
+        joint = None
+    wants = [x.get(n) is not None for n in ("offset", "margin", "pair")]
+    arguments = (loss, lse, mass, hit, joint, *(t.detach() if t is not None else None for t in tensors))
+    torch.library.opcheck(ops.softmax_loss_bwd.default, (*arguments, out[1], out[2], *scalars, *wants))
+
+
+@each_kernel
+def test_label_index_opcheck(backend, device):
+    target, group = torch.tensor([[3, 1, -100, 3], [0, 1, 0, -1]], device=device)
+    op = getattr(torch.ops, f"classfair_{backend}").label_index.default
+    torch.library.opcheck(op, (target, None, 5, 1, -100))
+    torch.library.opcheck(op, (target, group, 5, 2, -100))
+
+
+def _step(logits, offset, target, group):
+    loss, stats = classfair.cross_entropy_with_stats(
+        logits, target, offset=offset, label_smoothing=0.1, group=group, num_groups=2, joint=True
+    )
+    return loss + stats.mass.square().sum() + stats.joint.rows.square().sum(), stats.detach()
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compile_without_graph_breaks(compiler, dynamic):
+    torch._dynamo.reset()
+    compiled = torch.compile(_step, fullgraph=True, dynamic=dynamic, backend=compiler)
+    for rows in (8, 5):
+        g = torch.Generator().manual_seed(rows)
+        logits, offset = torch.randn(rows, 6, generator=g), torch.randn(6, generator=g)
+        target, group = torch.randint(0, 6, (rows,), generator=g), torch.randint(0, 2, (rows,), generator=g)
+
+        def gradients(function, logits=logits, offset=offset, target=target, group=group):
+            leaves = logits.clone().requires_grad_(), offset.clone().requires_grad_()
+            value, stats = function(*leaves, target, group)
+            return value, *torch.autograd.grad(value, leaves), *pytree.tree_leaves(stats)
+
+        for got, expected in zip(gradients(compiled), gradients(_step), strict=True):
+            torch.testing.assert_close(got, expected)
+
+
+def test_one_compilation_serves_batches_of_many_sizes():
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(classfair.cross_entropy, fullgraph=True, dynamic=True, backend=counter)
+    for rows in (4, 7, 9, 12, 31):
+        compiled(torch.randn(rows, 5), torch.zeros(rows, dtype=torch.int64))
+    assert counter.frame_count == 1
+
+
+def test_export():
+    class Head(torch.nn.Module):
+        def forward(self, logits, target):
+            return classfair.cross_entropy(logits, target)
+
+    logits, target = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    program = torch.export.export(Head(), (logits, target))
+    torch.testing.assert_close(program.module()(logits, target), Head()(logits, target))
+
+
+@pytest.mark.parametrize("backend", CPU)
+class TestFunctionTransforms:
+    logits = torch.randn(5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    target = torch.tensor([0, 3, 2, 1, 0])
+
+    def loss(self, backend):
+        return lambda z: softmax_loss(z, target=self.target, stats=2, backend=backend).loss.sum()
+
+    def test_grad_and_nested_grad(self, backend):
+        p = self.logits.softmax(1)
+        gradient = p - torch.nn.functional.one_hot(self.target, 4)
+        torch.testing.assert_close(torch.func.grad(self.loss(backend))(self.logits), gradient)
+        norm = torch.func.grad(lambda z: torch.func.grad(self.loss(backend))(z).square().sum())
+        expected = 2 * (p * gradient - p * (p * gradient).sum(1, keepdim=True))
+        torch.testing.assert_close(norm(self.logits), expected)
+
+    def test_jacrev(self, backend):
+        jacobian = torch.func.jacrev(lambda z: softmax_loss(z, target=self.target, backend=backend).loss)
+        expected = self.logits.softmax(1) - torch.nn.functional.one_hot(self.target, 4)
+        torch.testing.assert_close(jacobian(self.logits).diagonal(dim1=0, dim2=1).T, expected)
+
+    def test_vmap_over_offsets(self, backend):
+        offsets = torch.randn(3, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+        def loss(offset):
+            return softmax_loss(self.logits, target=self.target, offset=offset, backend=backend).loss.mean()
+
+        expected = torch.stack([torch.func.grad(loss)(o) for o in offsets])
+        torch.testing.assert_close(torch.func.vmap(torch.func.grad(loss))(offsets), expected)
+
+
+def test_forward_mode_raises_instead_of_dropping_the_tangent():
+    target = torch.tensor([0])
+    with pytest.raises(RuntimeError, match=r"jvp|forward"):
+        torch.func.jvp(
+            lambda z: classfair.cross_entropy(z, target, backend="native"), (torch.randn(1, 3),), (torch.ones(1, 3),)
+        )
+
+
+def test_autocast_gives_a_float32_loss():
+    weight = torch.randn(4, 6, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = torch.randn(5, 6) @ weight.T
+        loss = classfair.cross_entropy(logits, torch.tensor([0, 1, 2, 3, 0]))
+    assert logits.dtype == torch.bfloat16
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert weight.grad.dtype == torch.float32

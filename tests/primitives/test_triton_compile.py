@@ -1,0 +1,181 @@
+"""The Triton kernels compile for GPUs that are not here: what only the interpreter accepts is found on any machine."""
+
+import pytest
+import torch
+
+from classfair import backends
+from tests.support.cases import CASES
+from tests.support.conformance import cast
+
+pytest.importorskip("triton", reason="triton is not installed")
+if "kernels" in backends.load_errors:
+    pytest.skip(backends.load_errors["kernels"], allow_module_level=True)
+
+import triton
+from classfair.kernels import class_moments, fairness, label_index, pair_terms, softmax_loss
+from classfair.kernels.rows import Inputs
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+# Whole rows, wide rows, every optional tensor, strided rows.
+IDS = {
+    "plain-5x1000",
+    "plain-2x21841",
+    "stats-3x1025",
+    "all",
+    "mixed-all",
+    "dense-all",
+    "share-all",
+    "all-values-only",
+    "strided-3d",
+}
+
+pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="Triton interprets in this run")
+
+
+class _Device:
+    """A GPU that can be compiled for, not run on."""
+
+    def __init__(self, capability):
+        self.capability = capability
+
+    def get_current_device(self):
+        return f"sm_{self.capability}"
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.capability, 32)
+
+
+@pytest.fixture
+def compiled(monkeypatch, request):
+    """Kernels compiled so far; every launch compiles and does nothing else."""
+    kernels, launch = [], JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        kernels.append(launch(self, *args, grid=grid, warmup=True, **kwargs))
+
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+    monkeypatch.setattr(driver, "_active", _Device(request.param))
+    return kernels
+
+
+def _check(kernels, names):
+    assert {k.metadata.name for k in kernels} >= names
+    assert all(k.asm["cubin"] for k in kernels)
+
+
+def _compile_case(case, dtype, kernels):
+    """The launches of a forward and of a backward from every output, without autograd."""
+    x = cast(case.build(), dtype, "cpu")
+    tensors = [x.get(n) for n in Inputs._fields[:12]]
+    scalars = (
+        x.get("num_groups", 1),
+        x.get("num_cells", 0),
+        x["logits"].shape[1],
+        0,
+        x.get("ignore_index", -100),
+        x.get("label_smoothing", 0.0),
+        x.get("gamma", 0.0),
+        x["stats"],
+    )
+    out = softmax_loss.softmax_loss_fwd(*tensors, None, None, *scalars)
+    loss, lse, lse_raw, _, mass, hit, joint, _, _ = out
+    upstream = (loss, lse, mass, hit, joint) if x["stats"] == 2 else (loss, None, None, None, None)
+    wants = [x.get(n) is not None for n in ("offset", "margin", "pair")]
+    softmax_loss.softmax_loss_bwd(*upstream, *tensors, lse, lse_raw, *scalars, *wants)
+    expected = {"_softmax_loss_fwd_kernel", "_softmax_loss_bwd_kernel"}
+    _check(
+        kernels,
+        expected
+        | ({"_probability_sums_kernel"} if case.stats else set())
+        | ({"_gradient_sums_kernel"} if any(wants) else set()),
+    )
+
+
+def each_gpu(*capabilities):
+    names = [f"sm_{c}" for c in capabilities]
+    return pytest.mark.parametrize("compiled", capabilities, ids=names, indirect=True)
+
+
+def each_dtype(*dtypes):
+    return pytest.mark.parametrize("dtype", dtypes, ids=lambda d: str(d).removeprefix("torch."))
+
+
+@each_gpu(90)
+@each_dtype(torch.bfloat16, torch.float64)
+@pytest.mark.parametrize("case", [c for c in CASES if c.id in IDS], ids=lambda c: c.id)
+def test_softmax_loss(case, dtype, compiled):
+    _compile_case(case, dtype, compiled)
+
+
+@pytest.mark.slow  # a second or two a kernel
+@each_gpu(80, 90)
+@each_dtype(torch.float32, torch.float64, torch.bfloat16, torch.float16)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
+def test_softmax_loss_of_every_case(case, dtype, compiled):
+    _compile_case(case, dtype, compiled)
+
+
+@each_gpu(80, 90)
+@pytest.mark.parametrize("group", [None, torch.zeros(70, dtype=torch.int64)], ids=["labels", "cells"])
+def test_label_index(group, compiled):
+    label_index.label_index(torch.zeros(70, dtype=torch.int64), group, 5, 2, -100)
+    _check(compiled, {"_key_kernel", "_first_kernel", "_slot_kernel"})
+
+
+@each_gpu(80, 90)
+@each_dtype(torch.float32, torch.float64, torch.bfloat16, torch.float16)
+@pytest.mark.parametrize("variance", [True, False])
+@pytest.mark.parametrize("shape", [(70, 37), (2000, 2048)])
+def test_class_moments(shape, variance, dtype, compiled):
+    rows = torch.zeros(shape[0], dtype=torch.int64)
+    start = torch.zeros(5, dtype=torch.int64)
+    count, mean, own, _ = class_moments.class_moments(torch.zeros(shape, dtype=dtype), rows, rows, start, variance)
+    for momentum in (None, 0.1):
+        spread = own if variance else None
+        class_moments.class_moments_merge(start[1:], mean, spread, rows[:4], count, mean, spread, spread, momentum)
+    names = {"_finite_kernel", "_moments_kernel", "_merge_kernel"} | ({"_combine_kernel"} if shape[0] > 70 else set())
+    _check(compiled, names)
+
+
+@each_gpu(80, 90)
+@each_dtype(torch.float32, torch.float64)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_pair_terms(normalize, dtype, compiled):
+    weight, label, count = torch.zeros(70, 33, dtype=dtype), torch.arange(40), torch.tensor(40)
+    variance, square = pair_terms.pair_terms_fwd(weight, weight, label, count, normalize, True)
+    inputs = (weight, weight, label, count, variance, square, normalize)
+    pair_terms.pair_terms_bwd(variance, square, *inputs, True)
+    pair_terms.pair_terms_bwd(variance, None, *inputs, False)
+    pair_terms.pair_terms_bwd(None, square, weight, None, *inputs[2:6], False, False)
+    names = {"_pair_terms_fwd_kernel", "_coefficients_kernel", "_class_gradient_kernel", "_slot_gradient_kernel"}
+    _check(compiled, names | ({"_normalize_kernel"} if normalize else set()))
+
+
+@each_gpu(80, 90)
+@each_dtype(torch.float32, torch.float64)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 33), (8, 21841)])
+def test_group_penalties(shape, dtype, compiled):
+    count = torch.zeros(shape, dtype=torch.int64)
+    rows, cell, num_cells = count.to(dtype), count[:, 0], torch.tensor(2)
+    for mutual_information in (False, True):
+        fairness.dependence(rows, count, None, None, mutual_information, False)
+        fairness.dependence(rows, count, cell, num_cells, mutual_information, False)
+        fairness.dependence(rows, count, cell, num_cells, mutual_information, True)
+        fairness.iou_penalty(rows, rows, count, mutual_information, True)
+        fairness.iou_penalty(rows, rows, count, mutual_information, False)
+    _check(compiled, {"_dependence_kernel", "_iou_kernel", "_iou_gradient_kernel"})
+
+
+@each_gpu(90)
+def test_batch_sizes_share_one_compilation(compiled):
+    hashes, scalars = set(), (1, 0, 10, 0, -100, 0.0, 0.0, 1)
+    for rows in (2, 16, 31, 48, 1000):
+        logits, target = torch.zeros(rows, 10), torch.zeros(rows, dtype=torch.int64)
+        softmax_loss.softmax_loss_fwd(logits, *(None,) * 3, target, *(None,) * 9, *scalars)
+        hashes |= {(k.metadata.name, k.hash) for k in compiled}
+    assert len(hashes) == len({name for name, _ in hashes}) + 2  # sums of weights, of tables, of counts
