@@ -47,19 +47,14 @@ def flat_mixture(
 
     ``shape`` is what the labels must have, R its product. ``device`` is that of the logits; None takes that of ``y_a``.
     """
-    labels = (target.y_a, target.y_b)
-    for name, label in zip(("target.y_a", "target.y_b"), labels, strict=True):
-        check.check_labels_tensor(function, name, label, shape)
+    flat = []
+    for name, label in (("target.y_a", target.y_a), ("target.y_b", target.y_b)):
+        flat.append(check.flat_labels(function, name, label, shape))
         if device is not None:
             check.check_device(function, name, label, device)
     place = target.y_a.device if device is None else device
-    y_a, y_b = (flat_labels(label) for label in labels)
+    y_a, y_b = flat
     return MixedTarget(y_a, y_b, _flat_share(function, target.lam, shape, dtype, place))
-
-
-def flat_labels(labels: Tensor) -> Tensor:
-    """(R,) contiguous, without an operator where they are so already."""
-    return labels if labels.dim() == 1 and labels.is_contiguous() else labels.reshape(-1).contiguous()
 
 
 def _flat_share(function: str, lam: Any, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
