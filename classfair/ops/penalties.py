@@ -134,11 +134,12 @@ def _iou_penalty(
     def means(mass: Tensor, hit: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean IoU over classes, and its derivatives in mass and hit."""
         union = mass + count - hit
-        valid = count > 0 if skip else torch.ones_like(count, dtype=torch.bool)
-        inverse = torch.where(valid & (union > 0), 1 / torch.where(union > 0, union, 1), 0)
-        inverse = inverse / valid.sum(-1, keepdim=True).clamp_min(1)
-        iou = torch.where(union > 0, hit / torch.where(union > 0, union, 1), 0)
-        return (hit * inverse).sum(-1), -iou * inverse, (1 + iou) * inverse
+        there = union > 0
+        valid = count > 0 if skip else torch.ones_like(there)
+        inverse = torch.where(there, 1 / torch.where(there, union, 1), 0)
+        iou, number = hit * inverse, valid.sum(-1, keepdim=True).clamp_min(1)
+        inverse = torch.where(valid, inverse / number, 0)
+        return torch.where(valid, iou, 0).sum(-1) / number[..., 0], -iou * inverse, (1 + iou) * inverse
 
     by_group, *slopes = means(mass, hit, count)
     there = count.sum(1) > 0

@@ -11,7 +11,6 @@ from torch.utils import _pytree as pytree
 
 from classfair.backends import transformed
 from classfair.ops.label_index import label_index
-from classfair.ops.softmax_loss import count_table
 from classfair.statistics import _processes as processes
 
 
@@ -104,7 +103,10 @@ class BatchStats:
         if counts is None or name not in _VIEWS:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         shape, position = self.mass.shape, _VIEWS.index(name)
-        view = count_table(counts, shape, position) if position < 3 else counts[3 * shape.numel() + position - 3]
+        if position < 3:
+            view = counts[position * shape.numel() : (position + 1) * shape.numel()].view(shape)
+        else:
+            view = counts[3 * shape.numel() + position - 3]
         if not transformed():  # whose tensors must not outlive them
             self.__dict__[name] = view
         return view

@@ -71,6 +71,11 @@ def _weight(x: Inputs, g: torch.Generator, rows: int, num_classes: int, labels: 
     x["weight"] = 0.1 + 2 * _uniform(g, num_classes)
 
 
+def _sample_weight(x: Inputs, g: torch.Generator, rows: int, num_classes: int, labels: Tensor) -> None:
+    x["sample_weight"] = 2 * _uniform(g, rows)
+    x["sample_weight"][3::8] = 0.0
+
+
 def _smoothing(x: Inputs, g: torch.Generator, rows: int, num_classes: int, labels: Tensor) -> None:
     x["label_smoothing"] = 0.2
 
@@ -140,6 +145,7 @@ FEATURES: dict[str, Callable[[Inputs, torch.Generator, int, int, Tensor], None]]
     "table": _table,
     "rows": _rows,
     "weight": _weight,
+    "sample_weight": _sample_weight,
     "smoothing": _smoothing,
     "focal": _focal,
     "sharp_focal": _sharp_focal,
@@ -238,6 +244,7 @@ def _cases() -> list[Case]:
     cases += [
         Case("narrow-broken", (67, 3), ("ignore", *narrow), 2, edit=_broken_rows),
         Case("narrow-3d", (3, 2, 21), ("ignore", *narrow), 2),
+        Case("narrow-sample-weight", (67, 3), ("ignore", "sample_weight", *narrow), 2, edit=_broken_rows),
         Case("narrow-ties", (40, 4), ("group",), 2, scale=0.0),
         Case("narrow-confident", (40, 3), ("group",), 2, edit=_confident),
     ]
@@ -258,6 +265,11 @@ def _cases() -> list[Case]:
         Case("dense-all", (9, 6), ("dense", "offset", "weight", "smoothing", "group", "joint"), 2, small=True),
         Case("mixed-all", (40, 19), ("mixed_ignore", "offset", "weight", "smoothing", "focal", "group"), 2),
         Case("share-all", (40, 19), ("share", "offset", "margin", "table", "weight", "smoothing", "group"), 2),
+        Case("sample-weight-all", (40, 19), ("sample_weight", *ALL_HARD), 2),
+        Case("sample-weight-mixed", (40, 19), ("mixed_ignore", "sample_weight", "offset", "weight", "smoothing"), 2),
+        Case("sample-weight-dense", (9, 6), ("dense", "sample_weight", "weight", "smoothing"), 2, small=True),
+        Case("sample-weight-0-of-inf", (8, 9), ("sample_weight",), 2, edit=_true_class_masked),
+        Case("strided-3d-sample-weight", (3, 5, 20), ("sample_weight", "offset", "group"), 2),
         Case("strided-3d", (3, 5, 4), ("offset", "margin", "rows", "weight", "smoothing", "group"), 2, small=True),
         Case("strided-3d-dense", (3, 5, 20), ("dense", "weight", "smoothing"), 2),
         Case("strided-3d-many", (4, 19, 50), ALL_HARD, 2),
