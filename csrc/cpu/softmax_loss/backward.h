@@ -1,5 +1,5 @@
-// Backward of softmax_loss: one row, one chunk of rows.
-// Included once per instruction set, after simd.h (see there).
+// The backward pass of softmax_loss: one row, one chunk of rows.
+// Included once for each instruction set, by row_code.h.
 
 namespace classfair {
 namespace CLASSFAIR_ISA {
@@ -103,7 +103,7 @@ struct BackwardBuffers {
 template <class T, class A = acc_t<T>>
 bool statistics_gradient(const Backward<T>& b, const Row<A>& row, int64_t i, const T* z,
                          const BackwardBuffers<A>& buffers, RowGradient<A>* g, A* extra_a, A* extra_b) {
-  const Inputs<T>& in = b.in;
+  const VisitedInputs<T>& in = b.in;
   if (!b.statistics() || row.label < 0 || row.group < 0 || !std::isfinite(b.lse_raw[i])) return false;
   g->mass = b.grad_mass ? b.grad_mass + row.group * in.C : nullptr;
   if (b.grad_joint && row.cell >= 0) {
@@ -117,14 +117,14 @@ bool statistics_gradient(const Backward<T>& b, const Row<A>& row, int64_t i, con
   }
   // Most cells of many classes: equalized odds has nothing to compare them with. A softmax is dearer than a look.
   if (!b.grad_mass && !b.grad_hit && (!g->mass || all_zero(g->mass, in.C))) return false;
-  g->mass_scale = b.statistics_scale;
+  g->mass_scale = b.of_statistics();
   g->dot = g->mass_scale * raw_softmax(z, in.C, b.lse_raw[i], g->mass, buffers.p);
   g->p = buffers.p;
   if (b.grad_hit) {
     const A* hit = b.grad_hit + row.group * in.C;
     const bool dense = in.soft.data != nullptr;
-    *extra_a = b.statistics_scale * (dense ? hit[row.label] : row.a >= 0 ? row.share_a * hit[row.a] : A(0));
-    *extra_b = b.statistics_scale * (row.b >= 0 ? row.share_b * hit[row.b] : A(0));
+    *extra_a = g->mass_scale * (dense ? hit[row.label] : row.a >= 0 ? row.share_a * hit[row.a] : A(0));
+    *extra_b = g->mass_scale * (row.b >= 0 ? row.share_b * hit[row.b] : A(0));
     const int64_t a = dense ? row.label : row.a;
     g->dot += (a >= 0 ? buffers.p[a] * *extra_a : A(0)) + (row.b >= 0 ? buffers.p[row.b] * *extra_b : A(0));
   }
@@ -134,15 +134,14 @@ bool statistics_gradient(const Backward<T>& b, const Row<A>& row, int64_t i, con
 template <class T, class A = acc_t<T>>
 void backward_row(const Backward<T>& b, int64_t i, const Row<A>& row, const T* z, const A* soft,
                   const BackwardBuffers<A>& buffers, A* sum_offset, A* sum_pair, T* out) {
-  const Inputs<T>& in = b.in;
-  const A upstream = b.grad_loss ? b.grad_loss[i * b.grad_loss_stride] : A(0);
-  const A upstream_lse = b.grad_lse ? static_cast<A>(b.grad_lse[i]) : A(0);
+  const VisitedInputs<T>& in = b.in;
+  const A upstream = b.of_loss(i) * row.sample_weight, upstream_lse = b.of_lse(i);
   const bool dead = b.lse[i] == -std::numeric_limits<double>::infinity();
   RowGradient<A> g{};
   g.high = static_cast<A>(b.lse[i]);
   g.low = static_cast<A>(b.lse[i] - g.high);
   g.offset = in.offset;
-  g.pair = row.slot >= 0 ? in.pair + row.slot * in.C : nullptr;
+  g.pair = in.pair_row(row.slot);
   g.sum_offset = sum_offset;
   g.sum_pair = sum_pair;
   if (dead) {  // every logit is -inf: loss +inf, gradient 0, and so in no statistic
@@ -162,7 +161,7 @@ void backward_row(const Backward<T>& b, int64_t i, const Row<A>& row, const T* z
   const auto hard_target = [&](int64_t y, A share) {
     if (y < 0 || share == A(0)) return A(0);
     const A nll = -((logit(y) - g.high) - g.low);
-    return share * (A(1) - in.smoothing) * (in.weight ? in.weight[y] : A(1)) * focal_slope(nll, in.gamma);
+    return share * (A(1) - in.smoothing) * in.class_weight(y) * focal_slope(nll, in.gamma);
   };
   A target_a = hard_target(row.a, row.share_a), target_b = hard_target(row.b, row.share_b);
   A total = target_a + target_b;  // s = sum_c t_c
@@ -170,8 +169,7 @@ void backward_row(const Backward<T>& b, int64_t i, const Row<A>& row, const T* z
   if (soft) {
     total = A(0);
     for (int64_t c = 0; c < in.C; ++c) {
-      buffers.target[c] =
-          (in.weight ? in.weight[c] : A(1)) * ((A(1) - in.smoothing) * soft[c] + in.smoothing / A(in.C));
+      buffers.target[c] = smoothed_target(in.class_weight(c), soft[c], in.smoothing, in.smoothing_share);
       total += buffers.target[c];
     }
     g.target = buffers.target;
@@ -243,23 +241,22 @@ A* pair_sum(const Backward<T>& b, int64_t chunk, int64_t position, int64_t slot,
 
 // Rows [first, end) of a chunk.
 template <class T>
-void backward_rows(const Backward<T>& b, int64_t chunk, int64_t first, int64_t end, acc_t<T> weight_sum) {
+void backward_rows(const Backward<T>& b, int64_t chunk, int64_t first, int64_t end) {
   using A = acc_t<T>;
-  const Inputs<T>& in = b.in;
+  const VisitedInputs<T>& in = b.in;
   A* memory = scratch<A>((4 + kTile) * in.C);
   BackwardBuffers<A> buffers{memory, memory + in.C, memory + 2 * in.C, nullptr, A(0)};
-  if (in.smoothing != A(0) && !in.soft.data) {
+  if (in.smoothed()) {
     buffers.smoothing = memory + 3 * in.C;
-    const A share = in.smoothing / A(in.C);
-    for (int64_t c = 0; c < in.C; ++c) buffers.smoothing[c] = share * (in.weight ? in.weight[c] : A(1));
-    buffers.smoothing_sum = share * weight_sum;
+    for (int64_t c = 0; c < in.C; ++c) buffers.smoothing[c] = in.smoothing_share * in.class_weight(c);
+    buffers.smoothing_sum = in.smoothing_share * in.weight_sum;
   }
   T* tiles = scratch_tile<T>(2 * kTile * in.C);
   const TileReader<T> logits{in.logits, in.C, tiles};
   const TileReader<A> soft{in.soft, in.C, memory + 4 * in.C};
   const bool direct = b.grad_logits.contiguous();
   A* sum_offset = b.partial_offset ? b.partial_offset + chunk * in.C : nullptr;
-  int64_t previous = b.grad_pair && first > 0 ? resolve(in, in.visited(first - 1)).slot : -1;
+  int64_t previous = b.grad_pair && first > 0 ? resolve_labels<A>(in, in.visited(first - 1)).slot : -1;
   int64_t rows[kTile];
   Row<A> resolved[kTile];
   for (int64_t begin = first; begin < end; begin += kTile) {
@@ -267,7 +264,7 @@ void backward_rows(const Backward<T>& b, int64_t chunk, int64_t first, int64_t e
     logits.prepare(rows, count);
     if (in.soft.data) soft.prepare(rows, count);
     for (int64_t r = 0; r < count; ++r) {
-      const Row<A>& row = resolved[r] = resolve(in, rows[r]);
+      const Row<A>& row = resolved[r] = resolve_labels<A>(in, rows[r]);
       // One number of each row, anywhere in a table that another core may have written.
       if (b.grad_hit && row.label >= 0 && row.group >= 0) __builtin_prefetch(b.grad_hit + row.group * in.C + row.label);
     }
@@ -293,12 +290,12 @@ void backward_rows(const Backward<T>& b, int64_t chunk, int64_t first, int64_t e
 }
 
 template <class T>
-void backward_chunk(const Backward<T>& b, int64_t chunk, acc_t<T> weight_sum) {
+void backward_chunk(const Backward<T>& b, int64_t chunk) {
   using A = acc_t<T>;
   const int64_t C = b.in.C, first = chunk * b.in.chunk_rows, end = std::min(first + b.in.chunk_rows, b.in.rows);
   if (b.partial_offset) std::fill(b.partial_offset + chunk * C, b.partial_offset + (chunk + 1) * C, A(0));
   if (b.grad_pair) b.carry_slot[chunk] = -1;
-  backward_rows(b, chunk, first, end, weight_sum);
+  backward_rows(b, chunk, first, end);
 }
 
 }  // namespace CLASSFAIR_ISA

@@ -37,17 +37,5 @@ struct MomentKernels {
   // Merges columns [begin, end) of a slot into a class with the weight w of the batch.
   void (*merge_columns)(const Merge<A>&, int64_t slot, int64_t label, A w, int64_t begin, int64_t end);
 };
-namespace baseline {
-template <class T>
-MomentKernels<T> moment_kernels();
-}
-namespace avx2 {
-template <class T>
-MomentKernels<T> moment_kernels();
-}
-namespace avx512 {
-template <class T>
-MomentKernels<T> moment_kernels();
-}
 
 }  // namespace classfair

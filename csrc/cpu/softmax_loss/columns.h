@@ -1,5 +1,5 @@
 // Loops over the columns of a row, and the gathering of rows whose classes are not contiguous.
-// Included once per instruction set, after simd.h (see there).
+// Included once for each instruction set, by row_code.h.
 
 namespace classfair {
 namespace CLASSFAIR_ISA {
@@ -222,7 +222,7 @@ struct TileReader {
 };
 
 template <class T>
-CLASSFAIR_INLINE int64_t tile_rows(const Inputs<T>& in, int64_t begin, int64_t end, int64_t* rows) {
+CLASSFAIR_INLINE int64_t tile_rows(const VisitedInputs<T>& in, int64_t begin, int64_t end, int64_t* rows) {
   const int64_t count = std::min(kTile, end - begin);
   for (int64_t r = 0; r < count; ++r) rows[r] = in.visited(begin + r);
   return count;

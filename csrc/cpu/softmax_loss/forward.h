@@ -1,5 +1,5 @@
-// Forward of softmax_loss: one row, one chunk of rows, one cell of the joint rows.
-// Included once per instruction set, after simd.h (see there).
+// The forward pass of softmax_loss: one row, one chunk of rows, one cell of the joint rows.
+// Included once for each instruction set, by row_code.h.
 
 namespace classfair {
 namespace CLASSFAIR_ISA {
@@ -9,7 +9,7 @@ template <class T, class E, class A = acc_t<T>>
 A dense_loss(const Inputs<T>& in, const A* soft, const E* x, A m, A log_sum) {
   A loss = 0;
   for (int64_t c = 0; c < in.C; ++c) {
-    const A t = (in.weight ? in.weight[c] : A(1)) * ((A(1) - in.smoothing) * soft[c] + in.smoothing / A(in.C));
+    const A t = smoothed_target(in.class_weight(c), soft[c], in.smoothing, in.smoothing_share);
     if (t != A(0)) loss += t * (log_sum - (static_cast<A>(x[c]) - m));
   }
   return loss;
@@ -42,8 +42,7 @@ A hard_loss(const Inputs<T>& in, const Row<A>& row, const E* x, const LogSum<A>&
   const auto add = [&](int64_t y, A share) {
     if (y < 0 || share == A(0)) return;
     const A nll = lse.log - (static_cast<A>(x[y]) - lse.max);
-    const A w = in.weight ? in.weight[y] : A(1);
-    loss += share * (A(1) - in.smoothing) * w * focal_weight(nll, in.gamma) * nll;
+    loss += share * (A(1) - in.smoothing) * in.class_weight(y) * focal_weight(nll, in.gamma) * nll;
     if (in.smoothing != A(0)) loss += share * in.smoothing / A(in.C) * (weight_sum * lse.log - linear);
   };
   add(row.a, row.share_a);
@@ -54,19 +53,18 @@ A hard_loss(const Inputs<T>& in, const Row<A>& row, const E* x, const LogSum<A>&
 // One row; z is contiguous, and so is the row that comes next. x: a buffer of C for perturbed logits.
 template <class T, class A = acc_t<T>>
 void forward_row(const Forward<T>& f, int64_t chunk, int64_t i, const Row<A>& row, const T* z, const T* next,
-                 const A* soft, A weight_sum, GroupSums<A>& mass, A* x) {
-  const Inputs<T>& in = f.in;
+                 const A* soft, GroupSums<A>& mass, A* x) {
+  const VisitedInputs<T>& in = f.in;
   constexpr A kInf = std::numeric_limits<A>::infinity();
-  const bool perturbed = in.perturbed(), smooth = in.smoothing != A(0) && !soft;
+  const bool perturbed = in.perturbed(), smooth = in.smoothed();
   A linear = 0, sum_raw = 1;
   LogSum<A> lse, raw;
   const auto finish = [&](const auto* logits) {
     f.lse[i] = lse.total();
-    if (lse.dead)
-      f.loss[i] = kInf;
-    else
-      f.loss[i] =
-          soft ? dense_loss(in, soft, logits, lse.max, lse.log) : hard_loss(in, row, logits, lse, linear, weight_sum);
+    const A loss = lse.dead ? kInf
+                   : soft   ? dense_loss(in, soft, logits, lse.max, lse.log)
+                            : hard_loss(in, row, logits, lse, linear, in.weight_sum);
+    f.loss[i] = weighted_loss(row.sample_weight, loss);
   };
   A* const none = nullptr;
   A* const e = mass.buffer();  // exponentials of the raw logits
@@ -75,7 +73,7 @@ void forward_row(const Forward<T>& f, int64_t chunk, int64_t i, const Row<A>& ro
   if (own) prefetch_for_write(own, in.C);
   const Maximum<A> max = in.stats ? row_argmax(z, in.C) : Maximum<A>{perturbed ? A(0) : row_max(z, in.C), 0};
   if (perturbed) {
-    A max_x = perturb(z, in.offset, row.slot >= 0 ? in.pair + row.slot * in.C : nullptr, in.C, x);
+    A max_x = perturb(z, in.offset, in.pair_row(row.slot), in.C, x);
     if (in.margin && row.a >= 0) {
       x[row.a] -= in.margin[row.a];
       max_x = row_max(x, in.C);
@@ -130,9 +128,9 @@ void skip_row(const Forward<T>& f, int64_t i, LabelKind kind, const T* z) {
 
 // Rows [first, end) of a chunk.
 template <class T>
-void forward_rows(const Forward<T>& f, int64_t chunk, int64_t first, int64_t end, acc_t<T> weight_sum) {
+void forward_rows(const Forward<T>& f, int64_t chunk, int64_t first, int64_t end) {
   using A = acc_t<T>;
-  const Inputs<T>& in = f.in;
+  const VisitedInputs<T>& in = f.in;
   constexpr int64_t kBuffers = GroupSums<A>::kPending;
   A* x = scratch<A>((1 + kBuffers + kTile) * in.C);
   A* buffers = x + in.C;
@@ -148,20 +146,20 @@ void forward_rows(const Forward<T>& f, int64_t chunk, int64_t first, int64_t end
     if (in.soft.data) soft.prepare(rows, count);
     for (int64_t r = 0; r < count; ++r) {
       const int64_t i = rows[r];
-      const Row<A> row = resolve(in, i);
+      const Row<A> row = resolve_labels<A>(in, i);
       if (in.stats && row.group >= 0 && row.group < in.G) mass.enter(row.group);
       if (row.kind != LabelKind::kValid) {
         if (row.kind == LabelKind::kInvalid) f.chunk_bad[chunk] = std::min(i, f.chunk_bad[chunk]);
         skip_row(f, i, row.kind, logits.row(i, r));
         continue;
       }
-      weight += in.soft.data ? 1.0 : 0.0;
-      if (row.a >= 0) weight += row.share_a * (in.weight ? in.weight[row.a] : A(1));
-      if (row.b >= 0) weight += row.share_b * (in.weight ? in.weight[row.b] : A(1));
+      weight += in.soft.data ? row.sample_weight : A(0);
+      if (row.a >= 0) weight += row.sample_weight * (row.share_a * in.class_weight(row.a));
+      if (row.b >= 0) weight += row.sample_weight * (row.share_b * in.class_weight(row.b));
       const T* const z = logits.row(i, r);
       const bool fetch = in.logits.contiguous() && begin + r + 1 < end;
       const T* const next = fetch ? in.logits.row(in.visited(begin + r + 1)) : z;
-      forward_row(f, chunk, i, row, z, next, in.soft.data ? soft.row(i, r) : nullptr, weight_sum, mass, x);
+      forward_row(f, chunk, i, row, z, next, in.soft.data ? soft.row(i, r) : nullptr, mass, x);
     }
   }
   f.chunk_weight[chunk] += weight;
@@ -181,9 +179,9 @@ int64_t begin_chunk(const Forward<T>& f, int64_t chunk) {
 }
 
 template <class T>
-void forward_chunk(const Forward<T>& f, int64_t chunk, acc_t<T> weight_sum) {
+void forward_chunk(const Forward<T>& f, int64_t chunk) {
   const int64_t end = begin_chunk(f, chunk);
-  forward_rows(f, chunk, chunk * f.in.chunk_rows, end, weight_sum);
+  forward_rows(f, chunk, chunk * f.in.chunk_rows, end);
 }
 
 // joint[cell] = sum of p over the rows of a cell; rows of a cell are neighbours in cell_order. Summed in double, as
@@ -191,7 +189,7 @@ void forward_chunk(const Forward<T>& f, int64_t chunk, acc_t<T> weight_sum) {
 template <class T>
 void joint_cell(const Forward<T>& f, int64_t cell) {
   using A = acc_t<T>;
-  const Inputs<T>& in = f.in;
+  const VisitedInputs<T>& in = f.in;
   if (f.cell_rows(cell) == 1 && f.row_statistics[f.cell_order[f.cell_start[cell]]].counted()) return;  // done
   A* e = scratch<A>((2 + kTile) * in.C);
   double* sum = scratch<double, 2>(in.C);

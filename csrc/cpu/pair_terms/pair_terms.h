@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "common.h"
-#include "cpu/scratch.h"
+#include "cpu/memory.h"
 
 namespace classfair {
 
@@ -54,17 +54,5 @@ struct PairKernels {
   void (*backward_panels)(const PairBackward<A>&, int64_t begin, int64_t end);
   int64_t panel_features;
 };
-namespace baseline {
-template <class A>
-PairKernels<A> pair_kernels();
-}
-namespace avx2 {
-template <class A>
-PairKernels<A> pair_kernels();
-}
-namespace avx512 {
-template <class A>
-PairKernels<A> pair_kernels();
-}
 
 }  // namespace classfair

@@ -151,5 +151,10 @@ void backward_panels(const PairBackward<A>& b, int64_t begin, int64_t end) {
     backward_pairs<false, true, false>(b, begin, end);
 }
 
+template <class A>
+void set_kernels(PairKernels<A>* k) {
+  *k = {forward_block<A>, normalize_row<A>, threshold<A>, backward_panels<A>, kPanel<A>};
+}
+
 }  // namespace CLASSFAIR_ISA
 }  // namespace classfair

@@ -1,7 +1,7 @@
 // softmax_loss where rows have few classes: a vector holds one class of many rows, not many classes of one row.
-// Hard labels on plain logits (see Inputs::narrow). A row with a bad label or group or without a finite log-sum-exp is
-// left to the row code, so that only it knows what becomes of one; no statistic counts such a row.
-// Included once per instruction set, after softmax_loss_backward.h.
+// It serves hard labels on plain logits (VisitedInputs::narrow). A row with a bad label or group or without a finite
+// log-sum-exp is left to the row code, so that only it knows what becomes of one; no statistic counts such a row.
+// Included once for each instruction set, by row_code.h.
 
 namespace classfair {
 namespace CLASSFAIR_ISA {
@@ -29,21 +29,24 @@ struct NarrowTile {
   LabelKind kind[kRows];
   Label valid[kRows];                 // -1: in the loss, 0: ignored or an error
   Label label[kRows];                 // 0 where not valid
-  A weight[kRows];                    // of the label, 0 where not valid
+  Label in_loss[kRows];               // -1: valid and of a sample weight that is not 0
+  A weight[kRows];                    // of the label times that of the sample; 0 where not valid
   int64_t group[kRows], cell[kRows];  // -1: in no statistic, in no joint row
 
-  CLASSFAIR_INLINE NarrowTile(const Inputs<T>& in, int64_t begin, int64_t end)
+  CLASSFAIR_INLINE NarrowTile(const VisitedInputs<T>& in, int64_t begin, int64_t end)
       : begin(begin), count(std::min(kRows, end - begin)) {
     const T* start[kRows];
     find(in.logits, start);
     for (int64_t c = 0; c < in.C; ++c) logits[c] = gather(start, c * in.logits.stride_c);
-    for (int64_t r = 0; r < kRows; ++r) {  // as resolve(), of which this needs little
+    for (int64_t r = 0; r < kRows; ++r) {  // as resolve_labels(), of which this needs little
       const int64_t i = row(r), y = in.target[i], g = in.group ? in.group[i] : 0, k = in.cell ? in.cell[i] : -1;
       kind[r] = classify_label(y, in.C, in.ignore_index);
       if (kind[r] == LabelKind::kValid && (g < -1 || g >= in.G)) kind[r] = LabelKind::kInvalid;
       valid[r] = kind[r] == LabelKind::kValid ? -1 : 0;
       label[r] = valid[r] ? static_cast<Label>(y) : 0;
-      weight[r] = !valid[r] ? A(0) : in.weight ? in.weight[label[r]] : A(1);
+      const A sample_weight = in.sample_weight ? in.sample_weight[i] : A(1);
+      in_loss[r] = sample_weight == A(0) ? 0 : valid[r];
+      weight[r] = in_loss[r] ? sample_weight * in.class_weight(label[r]) : A(0);
       group[r] = valid[r] ? g : -1;
       cell[r] = group[r] >= 0 && k < in.cells ? k : -1;
     }
@@ -72,11 +75,11 @@ struct NarrowTile {
 };
 
 template <class T>
-void narrow_forward_chunk(const Forward<T>& f, int64_t chunk, acc_t<T> weight_sum) {
+void narrow_forward_chunk(const Forward<T>& f, int64_t chunk) {
   using A = acc_t<T>;
   using Tile = NarrowTile<T>;
   constexpr int64_t kRows = Tile::kRows;
-  const Inputs<T>& in = f.in;
+  const VisitedInputs<T>& in = f.in;
   const int64_t end = begin_chunk(f, chunk), cells = in.G * in.C;
   A* const mass = in.stats ? f.partial_mass + chunk * cells : nullptr;
   double* const hit = in.stats ? f.chunk_sums + chunk * f.sums_size() : nullptr;
@@ -89,6 +92,7 @@ void narrow_forward_chunk(const Forward<T>& f, int64_t chunk, acc_t<T> weight_su
     const Tile tile(in, begin, end);
     const Vec<A>* const x = tile.logits;
     const typename Tile::Class label = Tile::lanes(tile.label), valid = Tile::lanes(tile.valid);
+    const typename Tile::Class in_loss = Tile::lanes(tile.in_loss);
     Vec<A> largest = splat(-std::numeric_limits<A>::infinity()), chosen = {};
     typename Tile::Class first = {}, column = {};  // first maximum
     for (int64_t c = 0; c < in.C; ++c, column += 1) {
@@ -100,7 +104,7 @@ void narrow_forward_chunk(const Forward<T>& f, int64_t chunk, acc_t<T> weight_su
     const Vec<A> total = sum_classes<A>(in.C, [&](int64_t c) { return e[c] = exp(x[c] - largest); });
     const Vec<A> log_total = log(total);
     const Vec<A> zero = {}, loss = load(tile.weight) * (log_total - (chosen - largest));
-    store_some(f.loss + begin, valid ? loss : zero, tile.count);
+    store_some(f.loss + begin, in_loss ? loss : zero, tile.count);
     A sum[kRows], high[kRows], low[kRows];
     store(sum, total), store(high, valid ? largest : zero), store(low, valid ? log_total : zero);
     double lse[kRows];
@@ -112,7 +116,7 @@ void narrow_forward_chunk(const Forward<T>& f, int64_t chunk, acc_t<T> weight_su
       if (good(r))
         weight += tile.weight[r];
       else
-        forward_rows(f, chunk, begin + r, begin + r + 1, weight_sum);
+        forward_rows(f, chunk, begin + r, begin + r + 1);
     }
     if (!in.stats) continue;
     A p[kNarrow][kRows];
@@ -136,23 +140,23 @@ void narrow_forward_chunk(const Forward<T>& f, int64_t chunk, acc_t<T> weight_su
 }
 
 template <class T>
-void narrow_backward_chunk(const Backward<T>& b, int64_t chunk, acc_t<T> weight_sum) {
+void narrow_backward_chunk(const Backward<T>& b, int64_t chunk) {
   using A = acc_t<T>;
   using Tile = NarrowTile<T>;
   constexpr int64_t kRows = Tile::kRows;
   constexpr A kNone[kNarrow] = {};
-  const Inputs<T>& in = b.in;
+  const VisitedInputs<T>& in = b.in;
   const int64_t end = std::min((chunk + 1) * in.chunk_rows, in.rows);
   for (int64_t begin = chunk * in.chunk_rows; begin < end; begin += kRows) {
     const Tile tile(in, begin, end);
     const typename Tile::Class label = Tile::lanes(tile.label), valid = Tile::lanes(tile.valid);
     double lse[kRows];
-    A high[kRows], low[kRows], grad_loss[kRows] = {}, grad_lse[kRows] = {};
+    A high[kRows], low[kRows], grad_loss[kRows], grad_lse[kRows];
     for (int64_t r = 0; r < kRows; ++r) {
       const int64_t i = tile.row(r);
       lse[r] = b.lse[i];
-      if (b.grad_loss) grad_loss[r] = b.grad_loss[i * b.grad_loss_stride];
-      if (b.grad_lse) grad_lse[r] = static_cast<A>(b.grad_lse[i]);
+      grad_loss[r] = b.of_loss(i);
+      grad_lse[r] = b.of_lse(i);
     }
     for (int64_t r = 0; r < kRows; ++r) high[r] = static_cast<A>(lse[r]), low[r] = static_cast<A>(lse[r] - high[r]);
     const Vec<A> scale = load(grad_loss) * load(tile.weight), scale_lse = load(grad_lse);
@@ -164,6 +168,7 @@ void narrow_backward_chunk(const Backward<T>& b, int64_t chunk, acc_t<T> weight_
       return label == column++ ? Vec<A>{} : p[c];
     });
     if (b.statistics()) {
+      const A stats_scale = b.of_statistics();
       A hit[kRows];
       const A *mass[kRows], *joint[kRows];
       for (int64_t r = 0; r < kRows; ++r) {
@@ -177,7 +182,7 @@ void narrow_backward_chunk(const Backward<T>& b, int64_t chunk, acc_t<T> weight_
         upstream[c] = label == column++ ? load(hit) : Vec<A>{};
         if (b.grad_mass) upstream[c] += Tile::gather(mass, c);
         if (b.grad_joint) upstream[c] += Tile::gather(joint, c);
-        upstream[c] *= b.statistics_scale;
+        upstream[c] *= stats_scale;
         return p[c] * upstream[c];
       });
     }
@@ -194,8 +199,13 @@ void narrow_backward_chunk(const Backward<T>& b, int64_t chunk, acc_t<T> weight_
       for (int64_t r = 0; r < tile.count; ++r) out[r][c * b.grad_logits.stride_c] = lane[r];
     }
     for (int64_t r = 0; r < tile.count; ++r)
-      if (tile.valid[r] && !std::isfinite(lse[r])) backward_rows(b, chunk, begin + r, begin + r + 1, weight_sum);
+      if (tile.valid[r] && !std::isfinite(lse[r])) backward_rows(b, chunk, begin + r, begin + r + 1);
   }
+}
+
+template <class T>
+void set_kernels(RowKernels<T>* k) {
+  *k = {forward_chunk<T>, joint_cell<T>, backward_chunk<T>, narrow_forward_chunk<T>, narrow_backward_chunk<T>};
 }
 
 }  // namespace CLASSFAIR_ISA

@@ -1,28 +1,16 @@
-// pair_terms on the CPU: the two ops. The code of the blocks is in pair_terms_{forward,backward}.h, compiled once per
-// instruction set.
-#include "cpu/pair_terms.h"
+// pair_terms on the CPU: the two operators. The code of the blocks is in forward.h and backward.h, which are compiled
+// once for each instruction set.
+#include "cpu/pair_terms/pair_terms.h"
 
 #include <algorithm>
-#include <cstring>
 #include <tuple>
 #include <vector>
 
-#include "cpu/isa.h"
+#include "cpu/isa/kernels.h"
 
 namespace classfair {
 
 namespace {
-
-using torch::stable::parallel_for;
-
-template <class A>
-PairKernels<A> pair_kernels() {
-#if defined(__x86_64__)
-  if (selected_isa() == Isa::kAvx512) return avx512::pair_kernels<A>();
-  if (selected_isa() == Isa::kAvx2) return avx2::pair_kernels<A>();
-#endif
-  return baseline::pair_kernels<A>();
-}
 
 template <class A>
 PairInputs<A> make_inputs(const Tensor& weight, const OptionalTensor& cov, const Tensor& label,
@@ -35,31 +23,25 @@ PairInputs<A> make_inputs(const Tensor& weight, const OptionalTensor& cov, const
           weight.size(1)};
 }
 
-Tensor zeros(const Tensor& like, int64_t rows, int64_t columns) {
-  Tensor t = allocate<2>(like, {rows, columns}, like.scalar_type());
-  std::memset(t.data_ptr(), 0, t.numel() * t.element_size());
-  return t;
-}
-
 std::tuple<Tensor, Tensor> pair_terms_fwd_cpu(Tensor weight, OptionalTensor cov, Tensor label, Tensor num_slots,
                                               bool normalize, bool want_square) {
   STD_TORCH_CHECK(!normalize || want_square, "pair_terms: a normalized forward returns its squares");
   const int64_t M = label.size(0), C = weight.size(0);
-  Tensor variance = zeros(weight, cov ? M : 0, cov ? C : 0);
-  Tensor square = zeros(weight, want_square ? M : 0, want_square ? C : 0);
+  Tensor variance = zeros<2>(weight, {cov ? M : 0, cov ? C : 0}, weight.scalar_type());
+  Tensor square = zeros<2>(weight, {want_square ? M : 0, want_square ? C : 0}, weight.scalar_type());
   dispatch_accumulate(weight, [&](auto tag) {
     using A = decltype(tag);
     const PairForward<A> f{make_inputs<A>(weight, cov, label, num_slots), data<A>(variance), data<A>(square)};
     if (!f.variance && !f.square) return;
-    const PairKernels<A> kernels = pair_kernels<A>();
+    const auto& code = std::get<PairKernels<A>>(kernels());
     const int64_t class_blocks = ceil_div(C, kForwardClasses);
     parallel_for(0, ceil_div(f.in.used, kForwardRows) * class_blocks, 1, [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block)
-        kernels.forward_block(f, block / class_blocks, block % class_blocks);
+        code.forward_block(f, block / class_blocks, block % class_blocks);
     });
     if (!normalize || !cov) return;
     parallel_for(0, f.in.used, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) kernels.normalize_row(f, row);
+      for (int64_t row = begin; row < end; ++row) code.normalize_row(f, row);
     });
   });
   return {variance, square};
@@ -69,8 +51,9 @@ std::tuple<Tensor, Tensor> pair_terms_bwd_cpu(OptionalTensor grad_variance, Opti
                                               OptionalTensor cov, Tensor label, Tensor num_slots, Tensor variance,
                                               Tensor square, bool normalize, bool want_cov) {
   const int64_t C = weight.size(0), D = weight.size(1);
-  Tensor grad_weight = zeros(weight, C, D);
-  Tensor grad_cov = want_cov ? zeros(weight, C, D) : allocate<1>(weight, {0}, weight.scalar_type());
+  Tensor grad_weight = zeros<2>(weight, {C, D}, weight.scalar_type());
+  Tensor grad_cov =
+      want_cov ? zeros<2>(weight, {C, D}, weight.scalar_type()) : zeros<1>(weight, {0}, weight.scalar_type());
   dispatch_accumulate(weight, [&](auto tag) {
     using A = decltype(tag);
     PairBackward<A> b{};
@@ -80,20 +63,20 @@ std::tuple<Tensor, Tensor> pair_terms_bwd_cpu(OptionalTensor grad_variance, Opti
     b.grad_weight = data<A>(grad_weight);
     b.grad_cov = data<A>(grad_cov);
     if ((!b.grad_variance && !b.grad_square) || !b.grad_weight) return;
-    const PairKernels<A> kernels = pair_kernels<A>();
+    const auto& code = std::get<PairKernels<A>>(kernels());
     std::vector<A> threshold;
     if (normalize && b.grad_variance) {
       b.ratio = data<A>(variance);
       b.square = data<A>(square);
       threshold.resize(b.in.used);
       parallel_for(0, b.in.used, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; ++row) threshold[row] = kernels.threshold(b.square + row * C, C);
+        for (int64_t row = begin; row < end; ++row) threshold[row] = code.threshold(b.square + row * C, C);
       });
       b.threshold = threshold.data();
     }
     // A thread owns features, so that it owns all gradients of its panels.
-    parallel_for(0, ceil_div(D, kernels.panel_features), 1,
-                 [&](int64_t begin, int64_t end) { kernels.backward_panels(b, begin, end); });
+    parallel_for(0, ceil_div(D, code.panel_features), 1,
+                 [&](int64_t begin, int64_t end) { code.backward_panels(b, begin, end); });
   });
   return {grad_weight, grad_cov};
 }

@@ -1,5 +1,4 @@
-// The row code for the instruction set in force; see softmax_loss_rows.h for how it is included.
-#include "cpu/simd.h"
+// The row code of class_moments. Included once for each instruction set, by row_code.h.
 
 namespace classfair {
 namespace CLASSFAIR_ISA {
@@ -152,13 +151,9 @@ void merge_columns(const Merge<A>& in, int64_t slot, int64_t label, A w, int64_t
 }
 
 template <class T>
-MomentKernels<T> moment_kernels() {
-  return {slot_columns<T>, finite_row<T>, merge_columns<acc_t<T>>};
+void set_kernels(MomentKernels<T>* k) {
+  *k = {slot_columns<T>, finite_row<T>, merge_columns<acc_t<T>>};
 }
-template MomentKernels<double> moment_kernels();
-template MomentKernels<float> moment_kernels();
-template MomentKernels<Half> moment_kernels();
-template MomentKernels<BFloat16> moment_kernels();
 
 }  // namespace CLASSFAIR_ISA
 }  // namespace classfair

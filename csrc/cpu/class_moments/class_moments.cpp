@@ -1,30 +1,19 @@
-// class_moments on the CPU: how the two ops are cut over threads, and rows that do not enter. The row code is in
-// class_moments_rows.h, compiled once per instruction set.
-#include "cpu/class_moments.h"
+// class_moments on the CPU: the two operators, how their work is cut over threads, and rows that do not enter. The row
+// code is in rows.h, which is compiled once for each instruction set.
+#include "cpu/class_moments/class_moments.h"
 
 #include <algorithm>
 #include <cstring>
 #include <tuple>
 #include <vector>
 
-#include "cpu/isa.h"
+#include "cpu/isa/kernels.h"
 
 namespace classfair {
 
 namespace {
 
-using torch::stable::parallel_for;
-
 constexpr int64_t kGrainElements = 1 << 15;  // of features, below which a second thread does not pay
-
-template <class T>
-MomentKernels<T> moment_kernels() {
-#if defined(__x86_64__)
-  if (selected_isa() == Isa::kAvx512) return avx512::moment_kernels<T>();
-  if (selected_isa() == Isa::kAvx2) return avx2::moment_kernels<T>();
-#endif
-  return baseline::moment_kernels<T>();
-}
 
 // Calls work(slot, begin, end) for every slot and block of columns, balanced over threads by the number of rows: slot s
 // covers the interval [start[s], start[s + 1]) * blocks, and the thread in whose range a unit begins does all of it.
@@ -59,37 +48,37 @@ void zero_slot(A* values, int64_t slot, int64_t D) {
 
 // A slot with a result that is not finite, again without the rows that are not.
 template <class T>
-void leave_out_rows(const Batch<T>& b, const MomentKernels<T>& kernels, int64_t slot) {
+void leave_out_rows(const Batch<T>& b, const MomentKernels<T>& code, int64_t slot) {
   std::vector<int64_t> kept;
   for (int64_t p = b.start[slot]; p < b.start[slot + 1]; ++p)
-    if (kernels.finite_row(b.moments, b.order[p])) kept.push_back(b.order[p]);
+    if (code.finite_row(b.moments, b.order[p])) kept.push_back(b.order[p]);
   const int64_t rows = b.start[slot + 1] - b.start[slot], count = static_cast<int64_t>(kept.size());
   b.count[slot] = count;
   *b.nonfinite += rows - count;
   if (count == rows) return;  // features of more than the square root of the largest number
   zero_slot(b.moments.mean, slot, b.moments.D);
   zero_slot(b.moments.variance, slot, b.moments.D);
-  if (count > 0) kernels.slot_columns(b.moments, slot, kept.data(), count, 0, b.moments.D);
+  if (count > 0) code.slot_columns(b.moments, slot, kept.data(), count, 0, b.moments.D);
 }
 
 // All rows are taken for finite, which they nearly always are; a slot whose result says otherwise is done again.
 template <class T>
 void fill_moments(const Batch<T>& b) {
-  const MomentKernels<T> kernels = moment_kernels<T>();
+  const auto& code = std::get<MomentKernels<T>>(kernels());
   const Moments<T>& in = b.moments;
   const int64_t blocks = (in.D + kMomentColumns - 1) / kMomentColumns;
   std::vector<char> odd(b.slots * blocks, 0);
   for_slot_columns(b.start, b.slots, in.D, [&](int64_t slot, int64_t begin, int64_t end) {
     const int64_t first = b.start[slot];
     odd[slot * blocks + begin / kMomentColumns] =
-        !kernels.slot_columns(in, slot, b.order + first, b.start[slot + 1] - first, begin, end);
+        !code.slot_columns(in, slot, b.order + first, b.start[slot + 1] - first, begin, end);
   });
   *b.nonfinite = 0;
   for (int64_t slot = 0; slot < b.slots; ++slot) {
     b.count[slot] = b.start[slot + 1] - b.start[slot];
     if (b.count[slot] == 0) zero_slot(in.mean, slot, in.D), zero_slot(in.variance, slot, in.D);
     const char* mine = odd.data() + slot * blocks;
-    if (std::any_of(mine, mine + blocks, [](char o) { return o != 0; })) leave_out_rows(b, kernels, slot);
+    if (std::any_of(mine, mine + blocks, [](char o) { return o != 0; })) leave_out_rows(b, code, slot);
   }
 }
 
@@ -137,12 +126,12 @@ void class_moments_merge_cpu(Tensor count, Tensor mean, OptionalTensor variance,
                       const_cast<A*>(optional_data<A>(state_variance)),
                       const_cast<A*>(optional_data<A>(state_error)),
                       D};
-    const MomentKernels<A> kernels = moment_kernels<A>();
+    const auto& code = std::get<MomentKernels<A>>(kernels());
     parallel_for(
         0, slots, std::max<int64_t>(1, kGrainElements / std::max<int64_t>(D, 1)), [&](int64_t from, int64_t to) {
           for (int64_t s = from; s < to; ++s) {
             if (n_b[s] == 0) continue;
-            kernels.merge_columns(in, s, label[s], static_cast<A>(merge_weight(n[label[s]], n_b[s], momentum)), 0, D);
+            code.merge_columns(in, s, label[s], static_cast<A>(merge_weight(n[label[s]], n_b[s], momentum)), 0, D);
             n[label[s]] += n_b[s];
           }
         });
