@@ -35,7 +35,7 @@ class Statistics(NamedTuple):
     mass: Tensor  # (G, C)
     hit: Tensor  # (G, C)
     joint: Tensor | None  # (M, C)
-    count: Tensor  # (G, C) int64
+    count: Tensor  # type: ignore[assignment]  # (G, C) int64
     cell: Tensor | None = None  # (M,) int64, of the rows of `joint`: label * G + group, ascending
     num_cells: Tensor | None = None  # () int64, rows in use
 
@@ -43,7 +43,8 @@ class Statistics(NamedTuple):
         """The penalty by its formula, unweighted; differentiable to any order."""
         if penalty.kind == "iou":
             return reference.iou_penalty(self.mass, self.hit, self.count, False, True)
-        return reference.dependence(*self._rows(penalty), penalty.kind == "mi", penalty.weighted)
+        rows, count, cell, num_cells = self._rows(penalty)
+        return reference.dependence(rows, count, cell, num_cells, penalty.kind == "mi", penalty.weighted)
 
     def value_and_gradients(self, penalty: Penalty, backend: str) -> tuple[Tensor, list[Tensor | None]]:
         """The penalty, unweighted, and its gradients with respect to mass, hit and joint."""

@@ -152,7 +152,8 @@ def _with_penalty(
 ) -> tuple[list[Tensor | None], Tensor | None]:
     """Gradients of mass, hit and joint with those of the penalty in them, and the number that they count times."""
     assert options.penalty is not None
-    scale, own = upstream * options.penalty_weight, saved[-3:]
+    scale = upstream * options.penalty_weight
+    own: tuple[Tensor | None, ...] = saved[-3:]
     if torch.is_grad_enabled():
         own = _differentiable_gradients(scale, t, s, saved, options)
     elif all(g is None for g in statistics):

@@ -1,12 +1,11 @@
-"""A batch into the state of its classes: slot rows by the primitive, full covariance in plain torch."""
+"""A batch into the covariance matrices of its classes, in plain torch."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from classfair import backends
-from classfair.ops import LabelIndex, SlotMoments, class_moments, class_moments_merge, label_index
+from classfair.ops import LabelIndex, SlotMoments
 from classfair.reference import merge_weight
 
 # A block with a single row would cost as much memory traffic as one with eight.
@@ -20,54 +19,6 @@ class State(NamedTuple):
     mean: Tensor  # (C, D)
     cov: Tensor | None  # (C, D) variances, or (C, D, D)
     error: Tensor | None  # (C, D), what rounding has left out of the (diagonal) variances; None where that is not kept
-
-
-def zero_state(num_classes: int, dim: int, covariance: str, dtype: torch.dtype, device: Any, error: bool) -> State:
-    """The state of no sample."""
-
-    def zeros(*shape: int) -> Tensor:
-        return torch.zeros(num_classes, *shape, dtype=dtype, device=device)
-
-    shape = {"diag": (dim,), "full": (dim, dim)}.get(covariance)
-    count = torch.zeros(num_classes, dtype=torch.int64, device=device)
-    return State(count, zeros(dim), None if shape is None else zeros(*shape), zeros(dim) if error else None)
-
-
-def index_labels(target: Tensor, num_classes: int, ignore_index: int, backend: str | None) -> LabelIndex:
-    """The labels present, by the same back-end where it can."""
-    if backend not in backends.usable("label_index", target.device):
-        backend = None  # class_moments says what is wrong with the name
-    return label_index(target, num_classes, ignore_index=ignore_index, backend=backend)
-
-
-def moments_of_slots(
-    features: Tensor, index: LabelIndex, state: State, *, variance: bool, backend: str | None
-) -> SlotMoments:
-    """Moments of a batch in the dtype of the state."""
-    batch, dtype = class_moments(features, index, variance=variance, backend=backend), state.mean.dtype
-    own = None if batch.variance is None else batch.variance.to(dtype)
-    return SlotMoments(batch.count, batch.mean.to(dtype), own, batch.nonfinite)
-
-
-def merge_rows(
-    features: Tensor,
-    target: Tensor,
-    state: State,
-    *,
-    momentum: float | None,
-    ignore_index: int,
-    backend: str | None,
-) -> Tensor:
-    """Merge a batch into the state; the number of its non-finite rows, () int64."""
-    full = state.cov is not None and state.cov.dim() == 3
-    index = index_labels(target, state.count.shape[0], ignore_index, backend)
-    diagonal = state.cov is not None and not full
-    batch = moments_of_slots(features, index, state, variance=diagonal, backend=backend)
-    if full:
-        _merge_covariance(features.detach(), index, batch, state, momentum)
-        state = state._replace(cov=None, error=None)
-    class_moments_merge(batch, index.key_of_slot, *state, momentum=momentum, backend=backend)
-    return batch.nonfinite
 
 
 class _Blocks(NamedTuple):
@@ -94,7 +45,7 @@ def _cut(index: LabelIndex) -> _Blocks:
     return _Blocks(slot, row, present, present[:, 0] & (of_slot == 0), present[:, 0] & (of_slot == blocks[slot] - 1))
 
 
-def _merge_covariance(
+def merge_covariance(
     features: Tensor,  # (N, D)
     index: LabelIndex,
     batch: SlotMoments,
