@@ -84,15 +84,17 @@ class BatchStats:
     ) -> "BatchStats":
         """The statistics of what the primitive returns, whose integers are views of one tensor."""
         tables, rows = counts.split_with_sizes([counts.numel() - 2, 2])
-        integers = (*tables.view(3, *mass.shape).unbind(), prediction, *rows.unbind())
+        count, correct, predicted = tables.view(3, *mass.shape).unbind()
+        invalid, nonfinite = rows.unbind()
+        integers = (count, correct, predicted, prediction, invalid, nonfinite)
         return cls(mass, hit, *integers, joint=joint, confusion=confusion, contested=contested)
 
     @classmethod
     def zeros(cls, num_groups: int, num_classes: int, device: torch.device | None = None) -> "BatchStats":
         """The statistics of no sample, which a sum starts from."""
-        sums = torch.zeros(2, num_groups, num_classes, dtype=torch.float64, device=device)
+        mass, hit = torch.zeros(2, num_groups, num_classes, dtype=torch.float64, device=device).unbind()
         counts = torch.zeros(3 * num_groups * num_classes + 2, dtype=torch.int64, device=device)
-        return cls.of_pass(*sums.unbind(), counts, counts.new_empty(0))
+        return cls.of_pass(mass, hit, counts, counts.new_empty(0))
 
     def detach(self) -> "BatchStats":
         """The same values without gradient."""
