@@ -19,10 +19,10 @@ from classfair.statistics.batch import SUMMED
 class ClassMetric(SummedMetric):
     """Base of every metric of counts and probability sums by group g and class c; subclasses say what to ``compute``.
 
-    States, of G * C numbers each, added up over batches and processes: int64 ``count``, ``correct``, ``predicted``
-    and float64 ``mass``, ``hit`` (as in :class:`classfair.BatchStats`), int64 ``invalid`` and ``nonfinite``. Batches
-    of any size, empty ones and processes without a batch included, give what one batch of all samples gives. An update
-    never waits for the device.
+    The states are those of a sum of :class:`classfair.BatchStats`: int64 ``count``, ``correct`` and ``predicted`` and
+    float64 ``mass`` and ``hit``, of G * C numbers each, and int64 ``invalid`` and ``nonfinite``. They add up over
+    batches and processes: batches of any size, empty ones and processes without a batch included, give what one batch
+    of all samples gives. An update never waits for the device.
 
     Metrics with equal arguments have equal states, so that a ``torchmetrics.MetricCollection`` updates them once.
 

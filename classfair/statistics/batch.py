@@ -17,8 +17,8 @@ from classfair.statistics import rates
 class JointRows(NamedTuple):
     """Sums of p(c|x) over the samples of each (label, group) cell of the batch.
 
-    M = min(N, C * G) whatever the labels, so that nobody waits for a number; for contested cells on the CPU in eager
-    mode M = num_cells.
+    There are M = min(N, C * G) rows whatever the labels are, so that nobody waits for a number. For contested cells on
+    the CPU in eager mode there are num_cells.
     """
 
     rows: Tensor  # (M, C); zero where unused; differentiable
@@ -47,7 +47,7 @@ class BatchStats:
         contested: whether ``joint`` leaves out labels that the batch has in one group only.
         synced: whether they are those of all processes already, as :meth:`all_reduce` makes them.
 
-    A pytree of tensors: ``torch.utils._pytree`` maps over it, and compiled functions may return it.
+    The class is a pytree of tensors: ``torch.utils._pytree`` maps over it, and compiled functions may return it.
 
     Example:
         >>> logits, target = torch.eye(3) * 4, torch.tensor([0, 1, 1])
@@ -123,11 +123,11 @@ class BatchStats:
     def all_reduce(self, group: Any = None) -> "BatchStats":
         """Statistics of all processes of ``group`` (None: the default group) together, with gradient.
 
-        Sums, and of ``joint`` the rows of all cells that any process has. The gradient of a sum is the sum of the
-        gradients, so that DDP's averaging gives the gradient of one process on the whole batch. Every process must
-        call it; two collectives, and with ``joint`` three more, one of which is waited for: how many cells there are
-        at most. Without an initialised process group it returns the statistics unchanged. ``prediction`` belongs to
-        one process and is dropped.
+        All tables are added up, and ``joint`` gets the rows of all cells that any process has. The gradient of a sum
+        is the sum of the gradients, so that DDP's averaging gives the gradient of one process on the whole batch.
+        Every process must call it. It needs two collectives, and with ``joint`` three more; the host waits for one of
+        these, which tells how many cells a process has at most. Without an initialised process group it returns the
+        statistics unchanged. ``prediction`` belongs to one process and is dropped.
         """
         if not (dist.is_available() and dist.is_initialized()):
             return self
@@ -150,11 +150,11 @@ class BatchStats:
         return BatchStats(**named, prediction=empty, joint=joint, confusion=confusion, synced=True)
 
     def summary(self) -> dict[str, float]:
-        """Scalars for a log; reads the device once (the one synchronisation of this class on one process).
+        """Scalars for a log. On one process this is the only method that waits for the device, and it does so once.
 
         ``accuracy``, ``balanced_accuracy`` (mean over the classes present), ``best_class_accuracy`` and
-        ``worst_class_accuracy`` in [0, 1]; ``samples``, ``invalid`` and ``nonfinite`` as numbers of samples. Without
-        a sample the accuracies are NaN.
+        ``worst_class_accuracy`` are in [0, 1], and NaN without a sample; ``samples``, ``invalid`` and ``nonfinite`` are
+        numbers of samples.
         """
         tables = self.count.sum(0), self.correct.sum(0), torch.stack([self.invalid, self.nonfinite])
         count, correct, (invalid, nonfinite) = torch.cat(tables).cpu().split([*(self.mass.shape[1],) * 2, 2])

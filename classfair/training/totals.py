@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from classfair import metrics
 from classfair.statistics import BatchStats, JointRows, effective_frequency
@@ -54,7 +53,7 @@ class Totals:
 
     @torch.no_grad()
     def add(self, loss: Tensor, weight: Tensor, stats: BatchStats) -> None:
-        """Add a batch: sum of its losses, sum of their weights, statistics (1, C) or by group."""
+        """Add a batch by the sum of its losses, the sum of their weights, and its statistics."""
         self.stats = self.stats + stats
         self.loss = self.loss + torch.stack([loss, weight])
         if self.joint is not None:
@@ -65,6 +64,7 @@ class Totals:
             self.joint.index_add_(0, label * self.named + group.clamp(max=self.named - 1), rows)
 
     def merge(self, processes: Processes) -> Totals:
+        """Add up the sums of all processes, in place."""
         for name in SUMMED:
             processes.sum_(getattr(self.stats, name))
         for part in (self.loss, self.joint):
@@ -124,7 +124,7 @@ class Totals:
 
     def _first_groups(self, groups: int) -> BatchStats:
         """Statistics of the first groups, as one batch, on the CPU."""
-        stats = pytree.tree_map(lambda part: part[:groups].cpu() if part.dim() == 2 else part.cpu(), self.stats)
+        stats = replace(self.stats, **{name: getattr(self.stats, name)[:groups].cpu() for name in CLASS_COLUMNS})
         if self.joint is None:
             return stats
         num_classes = self.joint.shape[1]
