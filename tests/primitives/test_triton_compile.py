@@ -12,8 +12,8 @@ if "kernels" in backends.load_errors:
     pytest.skip(backends.load_errors["kernels"], allow_module_level=True)
 
 import triton
-from classfair.kernels import class_moments, fairness, label_index, pair_terms, softmax_loss
-from classfair.kernels.rows import Inputs
+from classfair.kernels import class_moments, label_index, pair_terms, softmax_loss
+from classfair.kernels.softmax_loss.rows import Inputs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
@@ -154,21 +154,6 @@ def test_pair_terms(normalize, dtype, compiled):
     pair_terms.pair_terms_bwd(None, square, weight, None, *inputs[2:6], False, False)
     names = {"_pair_terms_fwd_kernel", "_coefficients_kernel", "_class_gradient_kernel", "_slot_gradient_kernel"}
     _check(compiled, names | ({"_normalize_kernel"} if normalize else set()))
-
-
-@each_gpu(80, 90)
-@each_dtype(torch.float32, torch.float64)
-@pytest.mark.parametrize("shape", [(1, 1), (3, 33), (8, 21841)])
-def test_group_penalties(shape, dtype, compiled):
-    count = torch.zeros(shape, dtype=torch.int64)
-    rows, cell, num_cells = count.to(dtype), count[:, 0], torch.tensor(2)
-    for mutual_information in (False, True):
-        fairness.dependence(rows, count, None, None, mutual_information, False)
-        fairness.dependence(rows, count, cell, num_cells, mutual_information, False)
-        fairness.dependence(rows, count, cell, num_cells, mutual_information, True)
-        fairness.iou_penalty(rows, rows, count, mutual_information, True)
-        fairness.iou_penalty(rows, rows, count, mutual_information, False)
-    _check(compiled, {"_dependence_kernel", "_iou_kernel", "_iou_gradient_kernel"})
 
 
 @each_gpu(90)

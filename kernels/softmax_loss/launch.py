@@ -6,20 +6,19 @@ import torch
 import triton
 from torch import Tensor
 
-from classfair.reference.softmax_loss import Labels
-
-from .rows import Inputs, acc_dtype, acc_type, unit, view
-from .softmax_loss_bwd import (
+from ..common import acc_dtype, acc_type, check_labels, unit
+from .backward import (
     RowGradients,
     Upstream,
     _gradient_sums_kernel,
     _softmax_loss_bwd_kernel,
 )
-from .softmax_loss_fwd import (
+from .forward import (
     Outputs,
     _probability_sums_kernel,
     _softmax_loss_fwd_kernel,
 )
+from .rows import Inputs, view
 from .sums import Cut, cut_keys, cut_rows, sum_splits
 
 _NUM_TENSORS = 12
@@ -83,15 +82,6 @@ def _soft(x: Inputs, s: Scalars) -> bool:
     return x.soft_target is not None or s.label_smoothing != 0
 
 
-def _check_labels(x: Inputs, s: Scalars) -> None:
-    """IndexError for tensors of the interpreter; a GPU flags the row instead, for looking would stall it."""
-    logits, dense = x.logits.data, x.soft_target is not None
-    if logits.device.type == "cpu":
-        rows = logits.new_zeros(()).expand(_num_rows(x), s.num_classes)
-        labels = (x.target, x.target_b, x.mix, dense, x.group, s.num_groups, s.ignore_index)
-        Labels(rows, *labels)
-
-
 def _replicas(num_rows: int, table: int) -> int:
     """Copies of a small table of counts, so that atomics of many rows do not wait for each other."""
     return max(1, min(65536 // (3 * table + 2), num_rows // 256))
@@ -104,7 +94,8 @@ def softmax_loss_fwd(*arguments: Any) -> tuple[Tensor, ...]:
     x = _inputs(tensors, s)
     if lse_in is not None or lse_raw_in is not None:
         raise RuntimeError("softmax_loss: class shards are not supported yet")
-    _check_labels(x, s)
+    dense = x.soft_target is not None
+    check_labels("softmax_loss", (x.target, x.target_b), x.group, s.num_classes, s.num_groups, s.ignore_index, dense)
     with torch.cuda.device_of(x.logits.data):
         return _forward(x, s)
 
