@@ -21,7 +21,7 @@ class View(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """Tensors of softmax_loss in the order of its schema. An absent one is None and compiled out."""
+    """Tensors of softmax_loss by the names of its schema. An absent one is None and compiled out."""
 
     logits: View  # R rows
     offset: Tensor | None  # (C,)
@@ -33,11 +33,12 @@ class Inputs(NamedTuple):
     soft_target: View | None  # R rows
     slot: Tensor | None  # (R,)
     weight: Tensor | None  # (C,)
+    sample_weight: Tensor | None  # (R,)
     group: Tensor | None  # (R,)
     cell: Tensor | None  # (R,)
+    num_groups: int
     num_classes: int
     unit: tl.constexpr  # divides num_classes
-    num_groups: int
 
 
 def view(tensor: Tensor) -> View:
