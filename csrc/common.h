@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/macros/Macros.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/Half.h>
@@ -63,6 +64,11 @@ auto dispatch_accumulate(const Tensor& sums, F&& function) {
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// a / b for a >= 0 and b > 0. A 64-bit division costs a GPU five times as much as one of 32 bits, and is rarely needed.
+C10_HOST_DEVICE inline int64_t divide(int64_t a, int64_t b) {
+  return (a | b) >> 32 == 0 ? static_cast<int64_t>(static_cast<uint32_t>(a) / static_cast<uint32_t>(b)) : a / b;
+}
 
 // A new contiguous tensor on the device of `like`. torch::stable::new_empty goes through the boxed dispatcher, which
 // costs three times as much; nine outputs a call make that 10 microseconds.

@@ -40,18 +40,25 @@ C10_HOST_DEVICE A smoothed_target(A weight, A probability, A smoothing, A smooth
   return weight * ((A(1) - smoothing) * probability + smoothing_share);
 }
 
+// The loss of a row times its weight. Weight 0 leaves the row out, also where its loss is infinite.
+template <class A>
+C10_HOST_DEVICE A weighted_loss(A sample_weight, A loss) {
+  return sample_weight == A(0) ? A(0) : sample_weight * loss;
+}
+
 // One row's labels, resolved.
 template <class A>
 struct RowLabels {
   LabelKind kind = LabelKind::kValid;
+  A sample_weight = 1;     // of the loss, its gradient and its part of the denominator
   int64_t a = -1, b = -1;  // hard labels, -1: none
   A share_a = 0, share_b = 0;
   int64_t label = -1, group = 0, cell = -1;  // of the statistics; a label or group of -1 keeps the row out
   int64_t slot = -1;                         // of `pair`
 };
 
-// In: pointers target, target_b, mix, group, cell, pair, slot (null where absent), soft.data; sizes C, G, pair_rows;
-// ignore_index.
+// In: the pointers target, target_b, mix, sample_weight, group, cell, pair, slot (null where absent) and soft.data; the
+// sizes C, G, cells and pair_rows; ignore_index.
 template <class A, class In>
 C10_HOST_DEVICE RowLabels<A> resolve_labels(const In& in, int64_t i) {
   RowLabels<A> row;
@@ -72,7 +79,8 @@ C10_HOST_DEVICE RowLabels<A> resolve_labels(const In& in, int64_t i) {
     if ((row.group < -1 || row.group >= in.G) && row.kind != LabelKind::kIgnored) row.kind = LabelKind::kInvalid;
   }
   if (row.kind == LabelKind::kValid) {
-    if (in.cell != nullptr) row.cell = in.cell[i];
+    if (in.sample_weight != nullptr) row.sample_weight = in.sample_weight[i];
+    if (in.cell != nullptr && in.cell[i] < in.cells) row.cell = in.cell[i];
     if (in.pair != nullptr) row.slot = in.slot ? in.slot[i] : row.a;
     if (row.slot < 0 || row.slot >= in.pair_rows) row.slot = -1;
   }
