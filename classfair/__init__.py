@@ -10,7 +10,8 @@ from classfair.fairness import (
     intersection_over_union,
     iou_loss,
 )
-from classfair.functional import cross_entropy, cross_entropy_with_stats
+from classfair.functional import cross_entropy
+from classfair.functional_stats import cross_entropy_with_stats
 from classfair.losses import (
     ClassBalancedLoss,
     CrossEntropyLoss,

@@ -44,6 +44,12 @@ def check_labels_tensor(function: str, name: str, labels: Any, shape: Sequence[i
         raise ValueError(f"{function}: expected {name} of shape {tuple(shape)}, got {tuple(labels.shape)}")
 
 
+def flat_labels(function: str, name: str, labels: Any, shape: Sequence[int]) -> Tensor:
+    """Checked labels as (R,), contiguous; without an operator where they are so already."""
+    check_labels_tensor(function, name, labels, shape)
+    return labels if labels.dim() == 1 and labels.is_contiguous() else labels.reshape(-1).contiguous()
+
+
 def check_floats(function: str, name: str, value: Any, shape: Sequence[int]) -> None:
     if not isinstance(value, Tensor) or value.dtype not in FLOATS:
         got = value.dtype if isinstance(value, Tensor) else type(value).__name__

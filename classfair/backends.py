@@ -25,7 +25,7 @@ PRIMITIVES = {
     "label_index": "label_index",
     "class_moments": "class_moments",
     "pair_terms": "pair_terms_fwd",
-    "fairness": "dependence",
+    "penalties": "dependence",
 }
 
 #: Why a module with kernels could not be imported, by module name.
@@ -36,6 +36,15 @@ _available: dict[tuple[str, str], tuple[str, ...]] = {}
 
 # GPU -> what _why_unusable() found.
 _unusable: dict[int, str] = {}
+
+
+def transformed() -> bool:
+    """Whether a function transform, a tracer or the compiler looks on, who must see every tensor."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
 
 
 def _load(module: str) -> None:
@@ -79,6 +88,8 @@ def _has_kernel(backend: str, primitive: str, device_type: str) -> bool:
         return True
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
     operator = f"classfair_{backend}::{PRIMITIVES[primitive]}"
+    if (backend, primitive) == ("triton", "penalties"):
+        return False
     return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(operator, key)
 
 

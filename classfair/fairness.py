@@ -19,9 +19,7 @@ from torch import Tensor
 
 from classfair import _validate as check
 from classfair import backends, reference
-from classfair.ops.label_index import Cells
-from classfair.ops.penalties import dependence, iou_penalty
-from classfair.ops.reduced_loss import Term
+from classfair.ops.penalties import Penalty, dependence, iou_penalty
 from classfair.statistics import BatchStats
 
 EMPTY = ("skip", "zero", "nan")
@@ -42,7 +40,7 @@ def _checked(
     check.check_choice(function, "empty", empty, EMPTY)
     if sync and not stats.synced and dist.is_available() and dist.is_initialized():
         stats = replace(stats, joint=stats.joint if joint else None, confusion=None).all_reduce(process_group)
-    return stats, backends.choose("fairness", stats.mass.device, backend)
+    return stats, backends.choose("penalties", stats.mass.device, backend)
 
 
 def _where_empty(value: Tensor, missing: Tensor, empty: str) -> Tensor:
@@ -244,24 +242,24 @@ def compares_groups(penalty: Callable[[BatchStats], Tensor]) -> bool:
     return _unwrapped(penalty)[0] in (demographic_parity_loss, equalized_odds_loss, iou_loss)
 
 
-def own_term(penalty: Callable[[BatchStats], Tensor], weight: float, cells: Cells | None) -> Term | None:
-    """``weight`` times the penalty as a term that the loss's operator computes, or None where it cannot.
+def along(penalty: Callable[[BatchStats], Tensor], weight: float, *, of_cells: bool) -> Penalty | None:
+    """The penalty as the loss takes it along in its own pass, or None where it is to be called and added.
 
-    It cannot with options other than ``kind`` and ``weighted``, nor over several processes. What is wrong with a
-    penalty it says itself when it is called.
+    It is called with options other than ``kind`` and ``weighted``, over several processes, and where it is not one of
+    this module's. What is wrong with a penalty it says itself when it is called. ``of_cells``: there are joint rows.
     """
     if dist.is_available() and dist.is_initialized():
         return None
     function, options = _unwrapped(penalty)
     if function is iou_loss and not options:
-        return Term("iou", weight)
+        return Penalty("iou", weight)
     kind, weighted = options.get("kind", "l2"), options.get("weighted", False)
     if kind not in KINDS or weighted not in (False, True):
         return None
     if function is demographic_parity_loss and options.keys() <= {"kind"}:
-        return Term(kind, weight)
-    if function is equalized_odds_loss and options.keys() <= {"kind", "weighted"} and cells is not None:
-        return Term(kind, weight, weighted, cells.key, cells.num_cells)
+        return Penalty(kind, weight)
+    if function is equalized_odds_loss and options.keys() <= {"kind", "weighted"} and of_cells:
+        return Penalty(kind, weight, weighted, True)
     return None
 
 

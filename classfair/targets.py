@@ -1,6 +1,7 @@
 """Targets other than plain labels, and the class counts of a data set."""
 
-from collections.abc import Sized
+import math
+from collections.abc import Sequence, Sized
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,6 +34,64 @@ class MixedTarget(NamedTuple):
     y_a: Tensor
     y_b: Tensor
     lam: Any
+
+
+def flat_mixture(
+    function: str,
+    target: MixedTarget,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+) -> MixedTarget:
+    """The checked target as vectors: labels (R,), and the share of ``y_a`` (R,) of the given dtype.
+
+    ``shape`` is what the labels must have, R its product. ``device`` is that of the logits; None takes that of ``y_a``.
+    """
+    flat = []
+    for name, label in (("target.y_a", target.y_a), ("target.y_b", target.y_b)):
+        flat.append(check.flat_labels(function, name, label, shape))
+        if device is not None:
+            check.check_device(function, name, label, device)
+    place = target.y_a.device if device is None else device
+    y_a, y_b = flat
+    return MixedTarget(y_a, y_b, _flat_share(function, target.lam, shape, dtype, place))
+
+
+def _flat_share(function: str, lam: Any, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if not isinstance(lam, Tensor):
+        check.check_range(function, "target.lam", lam, 0.0, 1.0)
+        return torch.full((math.prod(shape),), lam, dtype=dtype, device=device)
+    if lam.requires_grad:
+        raise ValueError(f"{function}: expected target.lam without gradient, got requires_grad=True")
+    if lam.dim() == 1 and len(shape) > 1:
+        lam = lam.view(-1, *(1,) * (len(shape) - 1))
+    try:
+        torch.broadcast_shapes(lam.shape, shape)
+    except RuntimeError:
+        raise ValueError(
+            f"{function}: expected target.lam that broadcasts to {tuple(shape)}, got {tuple(lam.shape)}"
+        ) from None
+    return lam.to(device, dtype).expand(shape).reshape(-1).contiguous()
+
+
+def major_label(target: Tensor | MixedTarget) -> Tensor:
+    """The label that counts and moments take a sample for: of two mixed labels the one with the larger share.
+
+    ``y_a`` counts where both shares are equal. The labels and a tensor ``lam`` have one shape, (N,).
+    """
+    if not isinstance(target, MixedTarget):
+        return target
+    if not isinstance(target.lam, Tensor):
+        return target.y_b if target.lam < 0.5 else target.y_a
+    return torch.where(target.lam.to(target.y_a.device) < 0.5, target.y_b, target.y_a)
+
+
+def major_first(target: MixedTarget) -> tuple[MixedTarget, Tensor]:
+    """A flat mixture with the major label as ``y_a``, and (R,) bool: whether the two labels had to change places."""
+    y_a, y_b, lam = target
+    swap = lam < 0.5
+    ordered = MixedTarget(torch.where(swap, y_b, y_a), torch.where(swap, y_a, y_b), torch.where(swap, 1 - lam, lam))
+    return ordered, swap
 
 
 def _stored_targets(dataset: Any) -> Any:
@@ -144,11 +203,8 @@ def total_weight(
         dtype = torch.float64 if weight.dtype == torch.float64 else dtype
         weight, num_classes = weight.detach().to(dtype), weight.numel()
     if isinstance(target, MixedTarget):
-        for name in ("y_a", "y_b"):
-            shape = getattr(target.y_a, "shape", ())
-            check.check_labels_tensor(function, f"target.{name}", getattr(target, name), shape)
-        share = _share(target.lam, target.y_a, dtype)
-        parts = [(target.y_a, share), (target.y_b, 1 - share)]
+        y_a, y_b, share = flat_mixture(function, target, getattr(target.y_a, "shape", ()), dtype)
+        parts = [(y_a, share), (y_b, 1 - share)]
     elif isinstance(target, Tensor) and target.is_floating_point():
         rows = target.numel() // target.shape[1] if target.dim() > 1 else 1
         return torch.full((), rows, dtype=dtype, device=target.device)
@@ -170,18 +226,3 @@ def total_weight(
 
 def _in_range(label: Tensor, num_classes: int | None) -> Tensor:
     return label >= 0 if num_classes is None else (label >= 0) & (label < num_classes)
-
-
-def _share(lam: Any, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """lam of a MixedTarget in the shape of its labels."""
-    if not isinstance(lam, Tensor):
-        check.check_range("total_weight", "target.lam", lam, 0.0, 1.0)
-        return torch.full_like(like, lam, dtype=dtype)
-    if lam.dim() == 1 and like.dim() > 1:
-        lam = lam.view(-1, *(1,) * (like.dim() - 1))
-    try:
-        return lam.detach().to(like.device, dtype).expand(like.shape)
-    except RuntimeError:
-        raise ValueError(
-            f"total_weight: expected target.lam that broadcasts to {tuple(like.shape)}, got {tuple(lam.shape)}"
-        ) from None

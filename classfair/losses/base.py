@@ -9,11 +9,12 @@ from torch import Tensor
 
 from classfair import _validate as check
 from classfair._state import KeepsPrecision
-from classfair.functional import cross_entropy, cross_entropy_with_stats
+from classfair.functional import cross_entropy
+from classfair.functional_stats import cross_entropy_with_stats
 from classfair.ops import LabelIndex, label_index
 from classfair.pair import PairTerms, pair_variance
 from classfair.statistics import BatchStats, ClassStatistics
-from classfair.targets import MixedTarget, total_weight
+from classfair.targets import MixedTarget, major_label, total_weight
 
 _PERTURBATIONS = ("reweight", "offset", "margin")
 
@@ -298,7 +299,7 @@ class FeatureLoss(CrossEntropyLoss):
 
     @torch.no_grad()
     def _update(self, features: Tensor, linear_weight: Tensor, target: Tensor | MixedTarget) -> None:
-        self.statistics.update(features, _major(target))
+        self.statistics.update(features, major_label(target))
         if self.updates % self.every == 0:
             self._refresh(linear_weight, _both(target))
         self.updates += 1
@@ -326,12 +327,3 @@ class FeatureLoss(CrossEntropyLoss):
 def _both(target: Tensor | MixedTarget) -> Tensor:
     """Labels to make pair rows for: (N,), or (2N,) of a MixedTarget."""
     return torch.cat([target.y_a, target.y_b]) if isinstance(target, MixedTarget) else target
-
-
-def _major(target: Tensor | MixedTarget) -> Tensor:
-    """The label that the features of a mixture count for: that of the larger share, as in all statistics."""
-    if not isinstance(target, MixedTarget):
-        return target
-    if not isinstance(target.lam, Tensor):
-        return target.y_b if target.lam < 0.5 else target.y_a
-    return torch.where(target.lam.to(target.y_a.device) < 0.5, target.y_b, target.y_a)

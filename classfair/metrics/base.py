@@ -14,7 +14,7 @@ from torchmetrics.utilities.data import dim_zero_sum
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from classfair import _validate as check
-from classfair.functional import cross_entropy_with_stats
+from classfair.functional_stats import cross_entropy_with_stats
 from classfair.metrics._labels import label_stats
 from classfair.statistics import BatchStats
 

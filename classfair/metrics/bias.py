@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from classfair import _validate as check
-from classfair.functional import MAX_CONFUSION_CLASSES
+from classfair.functional_stats import MAX_CONFUSION_CLASSES
 from classfair.metrics import _charts
 from classfair.metrics._formulas import as_counts, frequency_order
 from classfair.metrics.base import ClassMetric

@@ -3,13 +3,14 @@
 from classfair.ops.class_moments import SlotMoments, class_moments, class_moments_merge
 from classfair.ops.label_index import Cells, LabelIndex, contested_cells, label_index
 from classfair.ops.pair_terms import PairTermRows, pair_terms
-from classfair.ops.penalties import dependence, iou_penalty
+from classfair.ops.penalties import Penalty, dependence, iou_penalty
 from classfair.ops.softmax_loss import SoftmaxLoss, softmax_loss
 
 __all__ = [
     "Cells",
     "LabelIndex",
     "PairTermRows",
+    "Penalty",
     "SlotMoments",
     "SoftmaxLoss",
     "class_moments",

@@ -5,9 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from classfair import backends, reference
+from classfair import _library, backends, reference
 from classfair._validate import acc_dtype
-from classfair.ops import _library
 from classfair.ops.label_index import LabelIndex
 
 

@@ -5,10 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from classfair import backends, reference
+from classfair import _library, backends, reference
 from classfair._validate import check_labels_tensor
-from classfair.ops import _library
-from classfair.ops._autograd import transformed
 
 
 class LabelIndex(NamedTuple):
@@ -39,47 +37,6 @@ _library.define(
     " -> (Tensor slot, Tensor key_of_slot, Tensor order, Tensor start, Tensor num_slots)",
     _fake,
 )
-
-
-def _contested_fake(slot: Tensor, key_of_slot: Tensor, num_slots: Tensor, num_groups: int) -> tuple[Tensor, ...]:
-    return torch.empty_like(slot), torch.empty_like(key_of_slot), torch.empty_like(num_slots)
-
-
-_library.define(
-    "contested_cells(Tensor slot, Tensor key_of_slot, Tensor num_slots, int num_groups)"
-    " -> (Tensor slot, Tensor key_of_slot, Tensor num_slots)",
-    _contested_fake,
-)
-
-
-class Cells(NamedTuple):
-    """The (label, group) cells of a batch, in ``M`` places of which ``num_cells`` are used."""
-
-    slot: Tensor  # (N,) int64 in [-1, M)
-    key: Tensor  # (M,) int64: label * num_groups + group, ascending; 0 where unused
-    num_cells: Tensor  # () int64
-
-
-def contested_cells(index: LabelIndex, num_groups: int, *, backend: str | None = None) -> Cells:
-    """Of the cells in ``index``, by label and group, those whose label the batch has in another group too; unchecked.
-
-    Rows of the others get slot -1. On the CPU in eager mode M is the number of cells in use; elsewhere it is that of
-    ``index``, because nobody may wait for the number.
-
-    Example:
-        >>> label, group = torch.tensor([2, 0, 2]), torch.tensor([0, 0, 1])
-        >>> contested_cells(label_index(label, 3, group, 2), 2).slot.tolist()
-        [0, -1, 1]
-    """
-    arguments = (index.slot, index.key_of_slot, index.num_slots, num_groups)
-    # A kernel on the CPU only, where a dozen small operators cost as much as they save.
-    if index.slot.device.type == "cpu" and backends.choose("label_index", index.slot.device, backend) == "native":
-        cells = Cells(*backends.namespace("native").contested_cells(*arguments))
-    else:
-        cells = Cells(*reference.contested_cells(*arguments))
-    if index.slot.device.type != "cpu" or transformed():
-        return cells
-    return cells._replace(key=cells.key[: int(cells.num_cells)])
 
 
 def label_index(
@@ -124,3 +81,38 @@ def label_index(
     if name == "reference":
         return LabelIndex(*reference.label_index(*arguments))
     return LabelIndex(*backends.namespace(name).label_index(*arguments))
+
+
+class Cells(NamedTuple):
+    """The (label, group) cells of a batch, in ``M`` places of which ``num_cells`` are used."""
+
+    slot: Tensor  # (N,) int64 in [-1, M)
+    key: Tensor  # (M,) int64: label * num_groups + group, ascending; 0 where unused
+    num_cells: Tensor  # () int64
+
+
+def contested_cells(index: LabelIndex, num_groups: int) -> Cells:
+    """Of the cells in ``index``, by label and group, those whose label the batch has in another group too; unchecked.
+
+    Rows of the others get slot -1. On the CPU in eager mode M is the number of cells in use; elsewhere it is that of
+    ``index``, because nobody may wait for the number. In torch, because it is a dozen operators on (M,) integers.
+
+    Example:
+        >>> label, group = torch.tensor([2, 0, 2]), torch.tensor([0, 0, 1])
+        >>> contested_cells(label_index(label, 3, group, 2), 2).slot.tolist()
+        [0, -1, 1]
+    """
+    slot, key_of_slot, capacity = index.slot, index.key_of_slot, index.key_of_slot.shape[0]
+    place = torch.arange(capacity, device=slot.device)
+    label = torch.where(place < index.num_slots, key_of_slot // num_groups, -1 - place)  # unused places share none
+    same = (label[1:] == label[:-1]).to(torch.int64)
+    none = same.new_zeros(min(capacity, 1))
+    contested = torch.cat([none, same]) + torch.cat([same, none]) > 0
+    number = torch.cumsum(contested, 0) - 1
+    spare = slot.new_full((1,), -1)  # of rows without a slot
+    slot = torch.cat([torch.where(contested, number, -1), spare])[slot]
+    key = key_of_slot.new_zeros(capacity + 1).scatter_(0, torch.where(contested, number, capacity), key_of_slot)
+    num_cells = contested.sum()
+    if slot.device.type == "cpu" and not backends.transformed():
+        return Cells(slot, key[: int(num_cells)], num_cells)
+    return Cells(slot, key[:capacity], num_cells)

@@ -5,8 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from classfair import backends, reference
-from classfair.ops import _library
+from classfair import _library, backends, reference
 
 _INPUTS = "Tensor weight, Tensor? cov, Tensor label, Tensor num_slots"
 

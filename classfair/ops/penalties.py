@@ -1,120 +1,189 @@
-"""``dependence`` and ``iou_penalty``: value and gradient of a group penalty in one pass over batch statistics.
+"""Group penalties of batch statistics: value and closed-form gradient in one go.
 
-They are small, but a dozen small torch operators forward and as many backward would cost as much as the loss itself.
+They are small. A kernel exists for the CPU only, where two dozen torch operators cost as much as the loss of a small
+batch; on GPUs they are those operators, which a graph captures. :func:`classfair.ops.softmax_loss` takes a penalty
+along in its own autograd node. Higher derivatives are those of the formulas in :mod:`classfair.reference`.
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from classfair import backends, reference
-from classfair.ops import _library
-from classfair.ops._autograd import quick_apply, scaled, transformed
+from classfair import _library, backends, reference
+
+KINDS = ("l2", "mi", "iou")
+
+
+class Penalty(NamedTuple):
+    """A penalty for the loss to take along.
+
+    ``"iou"`` is :func:`iou_penalty` with its defaults; ``"l2"`` and ``"mi"`` are :func:`dependence` of ``mass``, or of
+    ``joint`` with ``of_cells``.
+    """
+
+    kind: str  # of KINDS
+    weight: float = 1.0
+    weighted: bool = False
+    of_cells: bool = False
+
+
+class Statistics(NamedTuple):
+    """What penalties are functions of."""
+
+    mass: Tensor  # (G, C)
+    hit: Tensor  # (G, C)
+    joint: Tensor | None  # (M, C)
+    count: Tensor  # (G, C) int64
+    cell: Tensor | None = None  # (M,) int64, of the rows of `joint`: label * G + group, ascending
+    num_cells: Tensor | None = None  # () int64, rows in use
+
+    def value(self, penalty: Penalty) -> Tensor:
+        """The penalty by its formula, unweighted; differentiable to any order."""
+        if penalty.kind == "iou":
+            return reference.iou_penalty(self.mass, self.hit, self.count, False, True)
+        return reference.dependence(*self._rows(penalty), penalty.kind == "mi", penalty.weighted)
+
+    def value_and_gradients(self, penalty: Penalty, backend: str) -> tuple[Tensor, list[Tensor | None]]:
+        """The penalty, unweighted, and its gradients with respect to mass, hit and joint."""
+        gradients: list[Tensor | None] = [None, None, None]
+        if penalty.kind == "iou":
+            value, gradients[0], gradients[1] = _implementation("iou_penalty", self.mass, backend)(
+                self.mass, self.hit, self.count, False, True
+            )
+            return value, gradients
+        function = _implementation("dependence", self.mass, backend)
+        value, rows = function(*self._rows(penalty), penalty.kind == "mi", penalty.weighted)
+        gradients[2 if penalty.of_cells else 0] = rows
+        return value, gradients
+
+    def _rows(self, penalty: Penalty) -> tuple[Any, ...]:
+        if penalty.of_cells:
+            return self.joint, self.count, self.cell, self.num_cells
+        return self.mass, self.count, None, None
+
+
+def _implementation(operator: str, like: Tensor, backend: str) -> Any:
+    """The CPU kernel, or the closed form in torch."""
+    if backend == "native" and like.device.type == "cpu":
+        return getattr(backends.namespace(backend), operator)
+    return {"dependence": _dependence, "iou_penalty": _iou_penalty}[operator]
 
 
 def _dependence_fake(rows: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return rows.new_empty(rows.shape[0]), torch.empty_like(rows)
+    return rows.new_empty(()), torch.empty_like(rows)
 
 
 def _iou_fake(mass: Tensor, hit: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     return mass.new_empty(()), torch.empty_like(mass), torch.empty_like(hit)
 
 
-# Parts of the value are to be summed: of one segment each, or of one row, as the back-end likes.
 _library.define(
     "dependence(Tensor rows, Tensor count, Tensor? cell, Tensor? num_cells, bool mutual_information, bool weighted)"
-    " -> (Tensor parts, Tensor grad_rows)",
+    " -> (Tensor value, Tensor grad_rows)",
     _dependence_fake,
+    ("classfair_native",),
 )
 _library.define(
     "iou_penalty(Tensor mass, Tensor hit, Tensor count, bool paired, bool skip)"
     " -> (Tensor value, Tensor grad_mass, Tensor grad_hit)",
     _iou_fake,
+    ("classfair_native",),
 )
 
 
-class DependenceFunction(torch.autograd.Function):
-    """Keeps the gradient that came with the value; it may be as large as the logits."""
+def _dependence(
+    rows: Tensor,  # (M, C)
+    count: Tensor,  # (G, C) int64
+    cell: Tensor | None,
+    num_cells: Tensor | None,
+    mutual_information: bool,
+    weighted: bool,
+) -> tuple[Tensor, Tensor]:
+    """Hänel et al. 2022, eq. 3, 4, 6 and 7 with their gradients."""
+    part = reference.segments(rows, count, cell, num_cells)
+    n, size = part.samples[:, None], part.size[:, None]  # (M, 1), 1 where a row does not enter
+    rows = torch.where(part.enters[:, None], rows, 0)
+    total = part.total(rows)  # (M, C), of the row's segment
+    if mutual_information:
+        positive = rows > 0
+        ratio = torch.where(positive, rows * size / (torch.where(positive, total, 1) * n), 1)
+        logarithm = ratio.clamp_min(torch.finfo(rows.dtype).tiny).log()
+        # The derivatives of the row's own term and of the segment's sum cancel but for the logarithm.
+        value, gradient = (rows / size * logarithm).sum(1), logarithm / size
+    else:
+        gap = torch.where(part.enters[:, None], rows / n - total / size, 0)
+        value, gradient = gap.square().sum(1), 2 * (gap / n - part.total(gap) / size)
+    gradient = torch.where(part.enters[:, None], gradient, 0)
+    if weighted:
+        share = part.size / count.sum().clamp_min(1)
+        value, gradient = value * share, gradient * share[:, None]
+    return value.sum(), gradient
+
+
+def _iou_penalty(
+    mass: Tensor,  # (G, C)
+    hit: Tensor,  # (G, C)
+    count: Tensor,  # (G, C) int64
+    paired: bool,
+    skip: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Hänel et al. 2022, eq. 8 to 12 with their gradients."""
+
+    def means(mass: Tensor, hit: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean IoU over classes, and its derivatives in mass and hit."""
+        union = mass + count - hit
+        valid = count > 0 if skip else torch.ones_like(count, dtype=torch.bool)
+        inverse = torch.where(valid & (union > 0), 1 / torch.where(union > 0, union, 1), 0)
+        inverse = inverse / valid.sum(-1, keepdim=True).clamp_min(1)
+        iou = torch.where(union > 0, hit / torch.where(union > 0, union, 1), 0)
+        return (hit * inverse).sum(-1), -iou * inverse, (1 + iou) * inverse
+
+    by_group, *slopes = means(mass, hit, count)
+    there = count.sum(1) > 0
+    if paired:
+        gap = torch.where(there[:, None] & there, by_group[:, None] - by_group, 0)  # (G, G), each pair twice
+        outer = 2 * gap.sum(1, keepdim=True)
+        return gap.square().sum() / 2, outer * slopes[0], outer * slopes[1]
+    overall, *slopes_of_all = means(mass.sum(0), hit.sum(0), count.sum(0))
+    gap = torch.where(there, by_group - overall, 0)
+    outer = 2 * gap[:, None]
+    of_mass, of_hit = (outer * own - outer.sum() * every for own, every in zip(slopes, slopes_of_all, strict=True))
+    return gap.square().sum(), of_mass, of_hit
+
+
+class PenaltyFunction(torch.autograd.Function):
+    """A penalty alone: keeps the gradients that come with the value."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(
-        rows: Tensor,
-        count: Tensor,
-        cell: Tensor | None,
-        num_cells: Tensor | None,
-        mutual_information: bool,
-        weighted: bool,
-        backend: str,
-    ) -> tuple[Tensor, Tensor]:
-        kernels = backends.namespace(backend)
-        parts, gradient = kernels.dependence(rows, count, cell, num_cells, mutual_information, weighted)
-        return parts.sum(), gradient
+        operator: str, backend: str, options: tuple, count: Tensor, cell: Any, num_cells: Any, *tables: Tensor
+    ) -> tuple[Tensor, ...]:
+        function = _implementation(operator, count, backend)
+        return function(*tables, count, *(() if operator == "iou_penalty" else (cell, num_cells)), *options)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-        ctx.options, ctx.backend = inputs[4:6], inputs[6]
-        ctx.mark_non_differentiable(output[1])
-        ctx.gradient = None if transformed() else output[1]  # to be scaled in place, which what is saved may not be
-        ctx.save_for_backward(*inputs[:4], output[1] if transformed() else None)
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple:
-        rows, *constant, gradient = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            formula = partial(_dependence_of, constant, ctx.options)
-            (gradient,) = torch.func.vjp(formula, rows)[1](upstream)
-        elif gradient is not None:
-            gradient = gradient * upstream
-        else:
-            gradient, ctx.gradient = ctx.gradient, None
-            if gradient is None:  # an earlier backward of the same graph used it up
-                gradient = backends.namespace(ctx.backend).dependence(rows, *constant, *ctx.options)[1]
-            gradient = scaled(gradient, upstream)
-        return gradient, None, None, None, None, None, None
-
-
-class IoUPenaltyFunction(torch.autograd.Function):
-    """Saves the gradients that came with the value."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        mass: Tensor, hit: Tensor, count: Tensor, paired: bool, skip: bool, backend: str
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return backends.namespace(backend).iou_penalty(mass, hit, count, paired, skip)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-        ctx.options = inputs[3:5]
-        ctx.save_for_backward(*inputs[:3], *output[1:])
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        ctx.operator, _, ctx.options = inputs[:3]
+        ctx.save_for_backward(*inputs[3:], *output[1:])
         ctx.mark_non_differentiable(*output[1:])
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple:
-        mass, hit, count, *gradients = ctx.saved_tensors
+        count, cell, num_cells, *saved = ctx.saved_tensors
+        tables, gradients = saved[: len(saved) // 2], saved[len(saved) // 2 :]
         if torch.is_grad_enabled():
-            formula = partial(_iou_of, count, ctx.options)
-            gradients = torch.func.vjp(formula, mass, hit)[1](upstream)
-        else:
-            gradients = [g * upstream for g in gradients]
-        return *gradients, None, None, None, None
+            constant = (count,) if ctx.operator == "iou_penalty" else (count, cell, num_cells)
+            formula = partial(_formula, ctx.operator, (*constant, *ctx.options))
+            return (*(None,) * 6, *torch.func.vjp(formula, *tables)[1](upstream))
+        return (*(None,) * 6, *(g * upstream for g in gradients))
 
 
-_apply_dependence = quick_apply(DependenceFunction, first_only=True)
-_apply_iou_penalty = quick_apply(IoUPenaltyFunction, first_only=True)
-
-
-def _dependence_of(constant: Any, options: Any, rows: Tensor) -> Tensor:
-    return reference.dependence(rows, *constant, *options)
-
-
-def _iou_of(count: Tensor, options: Any, mass: Tensor, hit: Tensor) -> Tensor:
-    return reference.iou_penalty(mass, hit, count, *options)
+def _formula(operator: str, rest: tuple, *tables: Tensor) -> Tensor:
+    return getattr(reference, operator)(*tables, *rest)
 
 
 def dependence(
@@ -142,10 +211,9 @@ def dependence(
     ``rows`` is float32 or float64; ``cell`` is contiguous. A row that is 0 has gradient 0 from its logarithm.
     Returns: () in the dtype of ``rows``. Gradients: ``rows``, every order. Determinism: bitwise, any number of threads.
     """
-    if backend == "reference":
-        return reference.dependence(rows, count, cell, num_cells, mutual_information, weighted)
-    arguments = (rows.contiguous(), count.contiguous(), cell, num_cells)
-    return _apply_dependence(*arguments, mutual_information, weighted, backend)
+    options = (mutual_information, weighted)
+    tables = (count.contiguous(), cell, num_cells, rows.contiguous())
+    return PenaltyFunction.apply("dependence", backend, options, *tables)[0]
 
 
 def iou_penalty(
@@ -168,6 +236,5 @@ def iou_penalty(
     Returns: () in the dtype of ``mass``. Gradients: ``mass``, ``hit``, every order. Determinism: bitwise, any number of
     threads.
     """
-    if backend == "reference":
-        return reference.iou_penalty(mass, hit, count, paired, skip)
-    return _apply_iou_penalty(mass.contiguous(), hit.contiguous(), count.contiguous(), paired, skip, backend)
+    tables = (count.contiguous(), None, None, mass.contiguous(), hit.contiguous())
+    return PenaltyFunction.apply("iou_penalty", backend, (paired, skip), *tables)[0]

@@ -1,106 +1,51 @@
-"""``softmax_loss``: one pass over the logits for per-sample losses and differentiable batch statistics."""
+"""``softmax_loss``: one pass over the logits for the loss and for differentiable batch statistics."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from classfair import backends, reference
-from classfair.ops import _library
-from classfair.ops._autograd import quick_apply
+from classfair._schema import Scalars, SoftmaxLoss, Tensors
+from classfair.ops.label_index import Cells
+from classfair.ops.penalties import Penalty, Statistics
 
 STATS_NONE, STATS_VALUES, STATS_DIFFERENTIABLE = 0, 1, 2
-
-TENSORS = (
-    "Tensor logits, Tensor? offset, Tensor? margin, Tensor? pair, Tensor? target, Tensor? target_b,"
-    " Tensor? mix, Tensor? soft_target, Tensor? slot, Tensor? weight, Tensor? group, Tensor? cell"
-)
-SCALARS = (
-    "int num_groups, int num_cells, int num_classes, int class_start, int ignore_index,"
-    " float label_smoothing, float gamma, int stats"
-)
-NUM_TENSORS, NUM_SCALARS = 12, 8
-NUM_SAVED = NUM_TENSORS + 3  # the tensors, lse, lse_raw and total_weight
-_NO_GRADIENT = (None,) * (NUM_TENSORS - 4 + NUM_SCALARS + 2)  # of inputs after the four differentiable ones
+NUM_TENSORS = len(Tensors._fields)
+NUM_SCHEMA = NUM_TENSORS + len(Scalars._fields)
 
 
-class SoftmaxLoss(NamedTuple):
-    """Outputs of the primitive. R = N (or N * L) rows; what statistics were not asked for is None."""
+class Options(NamedTuple):
+    """What is done with the rows' losses; constants, flat because autograd looks for tensors at the top only."""
 
-    loss: Tensor  # (R,) or reduced to (); float32, or float64 for float64 logits, as all below unless said
-    lse: Tensor  # (R,) float64: at logits of 1e4 a float32 log-sum-exp would put 5e-4 on every probability
-    total_weight: Tensor  # ()
-    lse_raw: Tensor | None = None  # (R,) float64, of the unperturbed logits; size 0 where it equals lse
-    prediction: Tensor | None = None  # (R,) int64
-    mass: Tensor | None = None  # (G, C)
-    hit: Tensor | None = None  # (G, C)
-    joint: Tensor | None = None  # (num_cells, C), size 0 without cells
-    counts: Tensor | None = None  # (3 * G * C + 2,) int64: count, correct, predicted, invalid and nonfinite rows
+    reduction: str = "none"
+    backend: str = "reference"
+    kind: str | None = None  # of a penalty; None: there is none
+    penalty_weight: float = 1.0
+    weighted: bool = False
+    of_cells: bool = False
 
-
-def _acc(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+    @property
+    def penalty(self) -> Penalty | None:
+        return None if self.kind is None else Penalty(self.kind, *self[3:])
 
 
-def _fwd_fake(logits: Tensor, offset: Any, margin: Any, pair: Any, *rest: Any) -> tuple[Tensor, ...]:
-    cell, num_groups, num_cells, stats = rest[7], rest[10], rest[11], rest[17]
-    rows = logits.shape[0] * (logits.shape[2] if logits.dim() == 3 else 1)
-    classes, acc = logits.shape[1], _acc(logits)
-    perturbed = offset is not None or margin is not None or pair is not None
+class _Saved(NamedTuple):
+    """What the backward needs besides the tensors of the schema; never the softmax."""
 
-    def new(*shape: Any, dtype: torch.dtype = acc) -> Tensor:
-        return logits.new_empty(shape, dtype=dtype)
-
-    table = (num_groups, classes) if stats else (0, 0)
-    return (
-        new(rows),
-        new(rows, dtype=torch.float64),
-        new(rows if stats and perturbed else 0, dtype=torch.float64),
-        new(rows if stats else 0, dtype=torch.int64),
-        new(*table),
-        new(*table),
-        new(*((num_cells, classes) if stats and cell is not None else (0, 0))),
-        new(3 * num_groups * classes + 2 if stats else 0, dtype=torch.int64),
-        new(),
-    )
+    lse: Tensor
+    lse_raw: Tensor
+    total_weight: Tensor
+    key: Tensor | None
+    num_cells: Tensor | None
+    of_mass: Tensor | None  # gradients of the penalty
+    of_hit: Tensor | None
+    of_joint: Tensor | None
 
 
-def _bwd_fake(
-    grad_loss: Any,
-    grad_lse: Any,
-    grad_mass: Any,
-    grad_hit: Any,
-    grad_joint: Any,
-    logits: Tensor,
-    offset: Any,
-    margin: Any,
-    pair: Any,
-    *rest: Any,
-) -> tuple[Tensor, ...]:
-    want_offset, want_margin, want_pair = rest[-3:]
-    classes, acc = logits.shape[1], _acc(logits)
-    return (
-        torch.empty_like(logits),
-        logits.new_empty(classes if want_offset else 0, dtype=acc),
-        logits.new_empty(classes if want_margin else 0, dtype=acc),
-        logits.new_empty((pair.shape[0], classes) if want_pair else (0, 0), dtype=acc),
-    )
-
-
-_library.define(
-    f"softmax_loss_fwd({TENSORS}, Tensor? lse_in, Tensor? lse_raw_in, {SCALARS})"
-    " -> (Tensor loss, Tensor lse, Tensor lse_raw, Tensor prediction, Tensor mass, Tensor hit,"
-    " Tensor joint, Tensor counts, Tensor total_weight)",
-    _fwd_fake,
-)
-_library.define(
-    "softmax_loss_bwd(Tensor? grad_loss, Tensor? grad_lse, Tensor? grad_mass, Tensor? grad_hit,"
-    f" Tensor? grad_joint, {TENSORS}, Tensor lse, Tensor lse_raw, {SCALARS},"
-    " bool want_offset, bool want_margin, bool want_pair)"
-    " -> (Tensor grad_logits, Tensor grad_offset, Tensor grad_margin, Tensor grad_pair)",
-    _bwd_fake,
-)
+def split(inputs: tuple) -> tuple[Tensors, Scalars, tuple]:
+    """Tensors and scalars at the head of flat inputs, and what follows them."""
+    return Tensors._make(inputs[:NUM_TENSORS]), Scalars._make(inputs[NUM_TENSORS:NUM_SCHEMA]), inputs[NUM_SCHEMA:]
 
 
 def count_table(counts: Tensor, shape: torch.Size, position: int) -> Tensor:
@@ -116,218 +61,245 @@ def mean_denominator(total_weight: Tensor, label_smoothing: float) -> Tensor:
 
 def reduce_rows(loss: Tensor, total_weight: Tensor, label_smoothing: float, reduction: str) -> Tensor:
     """(R,) losses to what the reduction names."""
-    if reduction == "none":
-        return loss
-    total = loss.sum()
-    return total / mean_denominator(total_weight, label_smoothing) if reduction == "mean" else total
+    return loss if reduction == "none" else _reduced(loss.sum(), total_weight, label_smoothing, reduction)
+
+
+def _reduced(loss_sum: Tensor, total_weight: Tensor, label_smoothing: float, reduction: str) -> Tensor:
+    return loss_sum / mean_denominator(total_weight, label_smoothing) if reduction == "mean" else loss_sum
 
 
 class SoftmaxLossFunction(torch.autograd.Function):
-    """The fused forward. Saves logits, labels and lse; never the softmax."""
+    """Loss, its reduction, and a penalty of the statistics; one backward for all of them.
+
+    Inputs: the tensors and scalars of the schema, key and number of the penalty's cells, :class:`Options`. Outputs:
+    those that receive gradient (loss, lse and, with ``stats=2``, mass, hit and joint), then the others.
+    """
 
     generate_vmap_rule = True
 
-    # Spelled out, because Dynamo tells Functions with setup_context from others by the number of parameters.
     @staticmethod
-    def forward(
-        logits: Tensor,
-        offset: Tensor | None,
-        margin: Tensor | None,
-        pair: Tensor | None,
-        target: Tensor | None,
-        target_b: Tensor | None,
-        mix: Tensor | None,
-        soft_target: Tensor | None,
-        slot: Tensor | None,
-        weight: Tensor | None,
-        group: Tensor | None,
-        cell: Tensor | None,
-        num_groups: int,
-        num_cells: int,
-        num_classes: int,
-        class_start: int,
-        ignore_index: int,
-        label_smoothing: float,
-        gamma: float,
-        stats: int,
-        reduction: str,
-        backend: str,
-    ) -> tuple[Tensor, ...]:
-        loss, lse, *statistics, total_weight = backends.namespace(backend).softmax_loss_fwd(
-            logits,
-            offset,
-            margin,
-            pair,
-            target,
-            target_b,
-            mix,
-            soft_target,
-            slot,
-            weight,
-            group,
-            cell,
-            None,
-            None,
-            num_groups,
-            num_cells,
-            num_classes,
-            class_start,
-            ignore_index,
-            label_smoothing,
-            gamma,
-            stats,
-        )
-        # Reduced here, because as autograd nodes of their own a sum and a division cost 30 microseconds a step.
-        loss = reduce_rows(loss, total_weight, label_smoothing, reduction)
-        # autograd spends 2 microseconds on each output, also on those of size 0.
-        return (loss, lse, total_weight, *statistics) if stats else (loss, lse, total_weight)
+    def forward(*inputs: Any) -> tuple[Any, ...]:
+        t, s, (key, num_cells, *rest) = split(inputs)
+        options = Options._make(rest)
+        loss, lse, lse_raw, prediction, mass, hit, joint, counts, total_weight, loss_sum = backends.namespace(
+            options.backend
+        ).softmax_loss_fwd(*t, *s)
+        if options.reduction != "none":
+            loss = _reduced(loss_sum, total_weight, s.label_smoothing, options.reduction)
+        if not s.stats:
+            return loss, lse, total_weight
+        gradients: tuple[Tensor, ...] = ()
+        if options.penalty is not None:
+            statistics = Statistics(mass, hit, joint, count_table(counts, mass.shape, 0), key, num_cells)
+            value, every = statistics.value_and_gradients(options.penalty, options.backend)
+            loss = torch.add(loss, value, alpha=options.penalty_weight)
+            gradients = tuple(g for g in every if g is not None)
+        sums = (mass, hit) if t.cell is None else (mass, hit, joint)
+        return loss, lse, *sums, total_weight, lse_raw, prediction, counts, *gradients
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        _, lse, total_weight, *statistics = output
-        ctx.scalars, (ctx.reduction, ctx.backend) = inputs[NUM_TENSORS:-2], inputs[-2:]
+        t, ctx.scalars, (key, num_cells, *rest) = split(inputs)
+        ctx.options = options = Options._make(rest)
         ctx.set_materialize_grads(False)
-        if not statistics:
-            ctx.save_for_backward(*inputs[:NUM_TENSORS], lse, lse, total_weight)
-            ctx.mark_non_differentiable(total_weight)
-            return
-        lse_raw, prediction, mass, hit, joint, counts = statistics
-        ctx.save_for_backward(*inputs[:NUM_TENSORS], lse, lse_raw, total_weight)
-        constant = [total_weight, lse_raw, prediction, counts]
-        if ctx.scalars[-1] != STATS_DIFFERENTIABLE:
-            constant += [mass, hit, joint]
-        ctx.mark_non_differentiable(*constant)
+        lse, lse_raw, total_weight = output[1], output[1], output[2]
+        gradients: list[Tensor | None] = [None, None, None]
+        if ctx.scalars.stats:
+            total_weight, lse_raw, _, _, *given = output[2 + num_sums(t) :]
+            if options.penalty is not None:
+                places = (0, 1) if options.kind == "iou" else (2,) if options.of_cells else (0,)
+                for place, gradient in zip(places, given, strict=True):
+                    gradients[place] = gradient
+        ctx.save_for_backward(*t, *_Saved(lse, lse_raw, total_weight, key, num_cells, *gradients))
+        ctx.mark_non_differentiable(*output[num_differentiable(t, ctx.scalars) :])
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple:
-        return SoftmaxLossFunction.pull_back(ctx, ctx.saved_tensors, grads)
-
-    @staticmethod
-    def pull_back(ctx: Any, saved_tensors: tuple, grads: tuple) -> tuple:
-        """Gradients of the inputs from those of the outputs and what :meth:`setup_context` saves."""
-        grad_loss, grad_lse = grads[:2]
-        *saved, total_weight = saved_tensors
-        if grad_loss is not None and ctx.reduction != "none":
-            if ctx.reduction == "mean":
-                grad_loss = grad_loss / mean_denominator(total_weight, ctx.scalars[5])
-            grad_loss = grad_loss.expand(saved[-2].shape[0])  # (R,), as lse
-        statistics: tuple = (None, None, None)
-        if ctx.scalars[-1] == STATS_DIFFERENTIABLE:
-            statistics = tuple(map(contiguous, grads[5:8]))
-        needs = ctx.needs_input_grad
-        arguments = (
-            grad_loss,
-            contiguous(grad_lse),
-            *statistics,
-            *saved,
-            *ctx.scalars,
-            *needs[1:4],
-        )
+        tensors, s, options = ctx.saved_tensors, ctx.scalars, ctx.options
+        t, saved = Tensors._make(tensors[:NUM_TENSORS]), _Saved._make(tensors[NUM_TENSORS:])
+        loss, lse, *sums = grads[: num_differentiable(t, s)]
+        statistics, scale = [*sums, None, None, None][:3], None
+        if loss is not None and options.penalty is not None:
+            statistics, scale = _with_penalty(loss, statistics, t, s, saved, options)
+        if loss is not None and options.reduction != "none":
+            if options.reduction == "mean":
+                loss = loss / mean_denominator(saved.total_weight, s.label_smoothing)
+            loss = loss.expand(saved.lse.shape[0])
+        upstream = (loss, *(g if g is None else g.contiguous() for g in (lse, *statistics)), scale)
+        arguments = (*upstream, *t, saved.lse, saved.lse_raw, *s, *ctx.needs_input_grad[1:4])
         # Without create_graph the nested Function would only cost time: 0.05 ms a call.
         if torch.is_grad_enabled():
-            result = SoftmaxLossBackward.apply(*arguments, ctx.backend)
+            result = SoftmaxLossBackward.apply(*arguments, options.backend)
         else:
-            result = backends.namespace(ctx.backend).softmax_loss_bwd(*arguments)
-        return SoftmaxLossFunction.gradients(ctx, result)
+            result = backends.namespace(options.backend).softmax_loss_bwd(*arguments)
+        needs = ctx.needs_input_grad
+        given = [g if need else None for g, need in zip(result, needs, strict=False)]
+        return (*given, *(None,) * (len(needs) - len(given)))
 
-    @staticmethod
-    def gradients(ctx: Any, result: tuple[Tensor, ...]) -> tuple:
-        """Of all inputs, from what the operator returns."""
-        differentiable = [g if need else None for g, need in zip(result, ctx.needs_input_grad, strict=False)]
-        return (*differentiable, *_NO_GRADIENT)
+
+def num_sums(t: Tensors) -> int:
+    """How many sums of probabilities there are in the outputs."""
+    return 2 if t.cell is None else 3
+
+
+def num_differentiable(t: Tensors, s: Scalars) -> int:
+    """How many of the outputs receive gradient."""
+    return 2 + (num_sums(t) if s.stats == STATS_DIFFERENTIABLE else 0)
+
+
+def _with_penalty(
+    upstream: Tensor, statistics: list[Tensor | None], t: Tensors, s: Scalars, saved: _Saved, options: Options
+) -> tuple[list[Tensor | None], Tensor | None]:
+    """Gradients of mass, hit and joint with those of the penalty in them, and the number that they count times."""
+    assert options.penalty is not None
+    scale, own = upstream * options.penalty_weight, saved[-3:]
+    if torch.is_grad_enabled():
+        own = _differentiable_gradients(scale, t, s, saved, options)
+    elif all(g is None for g in statistics):
+        return list(own), scale
+    else:
+        own = tuple(g if g is None else g * scale for g in own)
+    both = zip(statistics, own, strict=True)
+    return [b if a is None else a if b is None else a + b for a, b in both], None
+
+
+def _differentiable_gradients(
+    scale: Tensor, t: Tensors, s: Scalars, saved: _Saved, options: Options
+) -> tuple[Tensor | None, ...]:
+    """Those of the penalty as a function of the logits, for derivatives of derivatives."""
+    penalty = options.penalty
+    assert penalty is not None
+    none = Options(backend=options.backend)
+    out = SoftmaxLossFunction.apply(*t, *s, saved.key, saved.num_cells, *none)
+    sums, counts = out[2 : 2 + num_sums(t)], out[num_differentiable(t, s) + 3]
+    count = count_table(counts, sums[0].shape, 0)
+
+    def value(*sums: Tensor) -> Tensor:
+        mass, hit, joint = (*sums, None)[:3]
+        assert mass is not None
+        assert hit is not None
+        return Statistics(mass, hit, joint, count, saved.key, saved.num_cells).value(penalty)
+
+    return (*torch.func.vjp(value, *sums)[1](scale), None)[:3]
 
 
 class SoftmaxLossBackward(torch.autograd.Function):
     """The fused backward; its own backward differentiates the reference formula, so every order is exact."""
 
     generate_vmap_rule = True
-    _num_upstream = 5
-    _num_differentiable = 9  # upstream gradients, logits, offset, margin, pair
+    _num_upstream = 5  # and one more, the scale, which is None here
+    _num_differentiable = 4  # logits, offset, margin, pair
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:
-        return backends.namespace(args[-1]).softmax_loss_bwd(*args[:-1])
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        return backends.namespace(inputs[-1]).softmax_loss_bwd(*inputs[:-1])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        last = SoftmaxLossBackward._num_upstream + NUM_TENSORS
-        ctx.save_for_backward(*inputs[:last])
-        ctx.scalars, ctx.wants = inputs[last + 2 : -4], inputs[-4:-1]
-        ctx.num_inputs = len(inputs)
+        first = SoftmaxLossBackward._num_upstream + 1
+        ctx.num_inputs, last = len(inputs), first + NUM_TENSORS
+        ctx.save_for_backward(*inputs[: first - 1], *inputs[first:last])
+        ctx.scalars, ctx.wants = Scalars._make(inputs[last + 2 : -4]), inputs[-4:-1]
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple:
-        count, upstream = SoftmaxLossBackward._num_differentiable, SoftmaxLossBackward._num_upstream
+        first, count = SoftmaxLossBackward._num_upstream, SoftmaxLossBackward._num_differentiable
         tensors = ctx.saved_tensors
-        differentiable, constant = tensors[:count], tensors[count:]
-        present = [i for i, t in enumerate(differentiable) if t is not None]
+        present = [i for i, t in enumerate(tensors[: first + count]) if t is not None]
         wanted = [g is not None and w for g, w in zip(grads, (True, *ctx.wants), strict=True)]
 
         def formula(*values: Tensor) -> tuple[Any, ...]:
-            full: list[Any] = [None] * count
+            full = list(tensors)
             for i, value in zip(present, values, strict=True):
                 full[i] = value
-            result = reference.softmax_loss_backward(
-                *full[:upstream], *full[upstream:], *constant, *ctx.scalars, *ctx.wants
-            )
+            upstream, t = tuple(full[:first]), Tensors._make(full[first:])
+            result = reference.softmax_loss_backward(upstream, t, ctx.scalars, ctx.wants)
             return tuple(r for r, w in zip(result, wanted, strict=True) if w)
 
         result: list[Any] = [None] * ctx.num_inputs
         if any(wanted):
-            pullback = torch.func.vjp(formula, *(differentiable[i] for i in present))[1]
+            pullback = torch.func.vjp(formula, *(tensors[i] for i in present))[1]
             pulled = pullback(tuple(g for g, w in zip(grads, wanted, strict=True) if w))
             for i, value in zip(present, pulled, strict=True):
-                result[i] = value
+                result[i if i < first else i + 1] = value
         return tuple(result)
 
 
-_apply = quick_apply(SoftmaxLossFunction)
+class _EagerSoftmaxLoss(SoftmaxLossFunction):
+    """The same where no transform and no compiler looks on.
+
+    torch binds the arguments of a ``forward`` that takes no ``ctx`` through ``inspect``, 50 to 120 microseconds a call,
+    and autograd takes 2 to 4 for every output: those without gradient go to the list that is the last input.
+    """
+
+    setup_context = torch.autograd.Function.setup_context  # how torch knows that `forward` does its work
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        *inputs, every = inputs  # type: ignore[assignment]
+        output = SoftmaxLossFunction.forward(*inputs)
+        SoftmaxLossFunction.setup_context(ctx, tuple(inputs), output)
+        t, s, _ = split(tuple(inputs))
+        every += output
+        return output[: num_differentiable(t, s)]
 
 
-def contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
+def _apply(*inputs: Any) -> tuple[Tensor, ...]:
+    if backends.transformed():
+        return SoftmaxLossFunction.apply(*inputs)
+    every: list[Tensor] = []
+    differentiable = _EagerSoftmaxLoss.apply(*inputs, every)
+    return *differentiable, *every[len(differentiable) :]
 
 
 def softmax_loss(
-    logits: Tensor,  # (N, C) or (N, C, L)
+    logits: Tensor,
     *,
-    target: Tensor | None = None,  # (R,) int64, R = N * L
-    target_b: Tensor | None = None,  # (R,) int64
-    mix: Tensor | None = None,  # (R,) share of `target`
-    soft_target: Tensor | None = None,  # shape of logits
-    offset: Tensor | None = None,  # (C,)
-    margin: Tensor | None = None,  # (C,)
-    pair: Tensor | None = None,  # (M, C)
-    slot: Tensor | None = None,  # (R,) int64
-    weight: Tensor | None = None,  # (C,)
-    group: Tensor | None = None,  # (R,) int64
-    cell: Tensor | None = None,  # (R,) int64
-    num_groups: int = 1,
-    num_cells: int = 0,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    gamma: float = 0.0,
-    stats: int = STATS_NONE,
     reduction: str = "none",
+    penalty: Penalty | None = None,
+    cells: Cells | None = None,
     backend: str = "reference",
-    apply: Callable[..., Any] = _apply,
+    **given: Any,
 ) -> SoftmaxLoss:
     """The primitive itself, unchecked; :func:`classfair.cross_entropy` is the safe way in.
 
-    Floating inputs other than ``logits`` are float32 (float64 for float64 logits); all but ``logits`` and
-    ``soft_target`` are contiguous. ``pair`` rows are taken by ``slot``, or by label where ``slot`` is None; with
-    ``target_b`` there is neither ``pair`` nor ``margin``. With ``soft_target``, ``target`` serves the statistics
-    only. ``mix`` without ``target_b`` scales the row's loss and hit. ``apply``: of :class:`SoftmaxLossFunction`, or of
-    one that adds to its loss.
+    ``given``: what :class:`classfair._schema.Tensors` and :class:`classfair._schema.Scalars` name; or ``cells`` in the
+    place of ``cell`` and ``num_cells``. ``pair`` rows are taken by ``slot``, or by label where ``slot`` is None; with
+    ``target_b`` there is neither ``pair`` nor ``margin``. With ``soft_target``, ``target`` serves the statistics only.
+    ``mix`` without ``target_b`` scales the row's loss and hit. A ``penalty`` needs a reduction and ``stats=2``, one
+    ``of_cells`` also ``cells``.
 
     Gradients: ``logits``, ``offset``, ``margin``, ``pair``; from ``loss``, ``lse`` and, with ``stats=2``, from
     ``mass``, ``hit`` and ``joint``. Every order. Determinism: bitwise, any number of threads.
     """
-    tensors = (logits, offset, margin, pair, target, target_b, mix, soft_target, slot, weight, group, cell)
-    scalars = (num_groups, num_cells, logits.shape[1], 0, ignore_index, label_smoothing, gamma, stats)
+    if cells is not None:
+        given |= {"cell": cells.slot, "num_cells": cells.key.shape[0]}
+    t = Tensors(logits, **{name: given.pop(name) for name in Tensors._fields if name in given})
+    s = Scalars(**given)
+    key, num_cells = (None, None) if cells is None else cells[1:]
     if backend == "reference":
-        loss, lse, *statistics, total_weight = reference.softmax_loss(*tensors, *scalars)
-        loss = reduce_rows(loss, total_weight, label_smoothing, reduction)
-        return SoftmaxLoss(loss, lse, total_weight, *(statistics if stats else ()))
-    return SoftmaxLoss(*apply(*tensors, *scalars, reduction, backend))
+        return _reference(t, s, reduction, penalty, key, num_cells)
+    options = Options(reduction, backend, *(penalty or ()))
+    loss, lse, *rest = _apply(*t, *s, key, num_cells, *options)
+    if not s.stats:
+        return SoftmaxLoss(loss, lse, rest[0])
+    mass, hit, *rest = rest
+    joint = mass.new_empty(0, 0) if t.cell is None else rest.pop(0)
+    total_weight, lse_raw, prediction, counts = rest[:4]
+    return SoftmaxLoss(loss, lse, total_weight, lse_raw, prediction, mass, hit, joint, counts)
+
+
+def _reference(
+    t: Tensors, s: Scalars, reduction: str, penalty: Penalty | None, key: Tensor | None, num_cells: Tensor | None
+) -> SoftmaxLoss:
+    """In plain torch, which autograd differentiates."""
+    loss, lse, *statistics, total_weight, _ = reference.softmax_loss(t, s)
+    loss = reduce_rows(loss, total_weight, s.label_smoothing, reduction)
+    if not s.stats:
+        return SoftmaxLoss(loss, lse, total_weight)
+    _, _, mass, hit, joint, counts = statistics
+    if penalty is not None:
+        count = count_table(counts, mass.shape, 0)
+        loss = loss + penalty.weight * Statistics(mass, hit, joint, count, key, num_cells).value(penalty)
+    return SoftmaxLoss(loss, lse, total_weight, *statistics)

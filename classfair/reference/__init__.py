@@ -5,7 +5,7 @@ of these formulas. It runs on every device; autograd differentiates it.
 """
 
 from classfair.reference.class_moments import class_moments, class_moments_merge, merge_weight
-from classfair.reference.label_index import contested_cells, label_index
+from classfair.reference.label_index import label_index
 from classfair.reference.pair_terms import (
     pair_terms,
     pair_terms_backward,
@@ -13,13 +13,12 @@ from classfair.reference.pair_terms import (
     pair_terms_double_backward,
     pair_terms_jvp,
 )
-from classfair.reference.penalties import dependence, group_iou, iou_penalty
+from classfair.reference.penalties import dependence, group_iou, iou_penalty, segments
 from classfair.reference.softmax_loss import softmax_loss, softmax_loss_backward
 
 __all__ = [
     "class_moments",
     "class_moments_merge",
-    "contested_cells",
     "dependence",
     "group_iou",
     "iou_penalty",
@@ -30,6 +29,7 @@ __all__ = [
     "pair_terms_backward_jvp",
     "pair_terms_double_backward",
     "pair_terms_jvp",
+    "segments",
     "softmax_loss",
     "softmax_loss_backward",
 ]

@@ -47,18 +47,3 @@ def label_index(
     place = torch.where(first, rank, capacity + 1)
     start = spare.scatter_(0, place, torch.arange(rows, device=target.device))[: capacity + 1]
     return slot, key_of_slot, order, start, first.sum()
-
-
-def contested_cells(slot: Tensor, key_of_slot: Tensor, num_slots: Tensor, num_groups: int) -> tuple[Tensor, ...]:
-    """See :func:`classfair.ops.contested_cells`."""
-    capacity = key_of_slot.shape[0]
-    place = torch.arange(capacity, device=slot.device)
-    label = torch.where(place < num_slots, key_of_slot // num_groups, -1 - place)  # unused places share none
-    same = (label[1:] == label[:-1]).to(torch.int64)
-    none = same.new_zeros(min(capacity, 1))
-    contested = torch.cat([none, same]) + torch.cat([same, none]) > 0
-    number = torch.cumsum(contested, 0) - 1
-    spare = slot.new_full((1,), -1)  # of rows without a slot
-    slot = torch.cat([torch.where(contested, number, -1), spare])[slot]
-    key = key_of_slot.new_zeros(capacity + 1).scatter_(0, torch.where(contested, number, capacity), key_of_slot)
-    return slot, key[:capacity], contested.sum()

@@ -1,20 +1,40 @@
 """Group penalties in plain torch: dependence of the prediction on the group, and differences of IoU."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 
-def _per_row(count: Tensor, rows: Tensor, cell: Tensor | None, num_cells: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Samples behind each row (M,), in its dtype, and the first row of its segment (M,)."""
+class Segments(NamedTuple):
+    """Which rows belong together, how many samples are behind each, and which enter."""
+
+    first: Tensor  # (M,) int64 the first row of the row's segment
+    samples: Tensor  # (M,) behind the row; 1 where it does not enter
+    size: Tensor  # (M,) of the row's segment; 1 where it does not enter
+    enters: Tensor  # (M,) bool: a row alone in its segment has nothing to differ from
+
+    def total(self, rows: Tensor) -> Tensor:
+        """Sums over the row's segment, (M, C)."""
+        return torch.zeros_like(rows).index_add(0, self.first, rows)[self.first]
+
+
+def segments(rows: Tensor, count: Tensor, cell: Tensor | None, num_cells: Tensor | None) -> Segments:
+    """The segments of :func:`classfair.ops.dependence`, in the dtype of the rows."""
     if cell is None or num_cells is None:  # the rows are groups of one segment
-        return count.sum(1).to(rows.dtype), torch.zeros_like(count[:, 0])
-    groups = count.shape[0]
-    number = torch.arange(cell.shape[0], device=cell.device)
-    label, used = cell // groups, number < num_cells
-    n = torch.where(used, count[cell % groups, label], 0).to(rows.dtype)
-    first = torch.ones_like(used)
-    first[1:] = (label[1:] != label[:-1]) | ~used[1:]
-    return n, torch.where(first, number, 0).cummax(0).values if len(cell) else number
+        n, first = count.sum(1).to(rows.dtype), torch.zeros_like(count[:, 0])
+    else:
+        groups = count.shape[0]
+        number = torch.arange(cell.shape[0], device=cell.device)
+        label, used = cell // groups, number < num_cells
+        n = torch.where(used, count[cell % groups, label], 0).to(rows.dtype)
+        begins = torch.ones_like(used)
+        begins[1:] = (label[1:] != label[:-1]) | ~used[1:]
+        first = torch.where(begins, number, 0).cummax(0).values if len(cell) else number
+    both = torch.stack([n, (n > 0).to(n.dtype)], 1)
+    size, rows_with_samples = torch.zeros_like(both).index_add(0, first, both)[first].unbind(1)
+    enters = (n > 0) & (rows_with_samples > 1)
+    return Segments(first, torch.where(enters, n, 1), torch.where(enters, size, 1), enters)
 
 
 def dependence(
@@ -26,28 +46,21 @@ def dependence(
     weighted: bool,
 ) -> Tensor:
     """See :func:`classfair.ops.dependence`."""
-    n, first = _per_row(count, rows, cell, num_cells)
-    entering = (n > 0)[:, None]
-    if mutual_information:
-        entering = entering & (rows > 0)  # at 0 the derivative is -inf; such a row is left alone
+    part = segments(rows, count, cell, num_cells)
+    n, size, enters = part.samples[:, None], part.size[:, None], part.enters[:, None]
+    entering = enters & (rows > 0) if mutual_information else enters  # at 0 the derivative of the logarithm is -inf
     rows = torch.where(entering, rows, 0)
-    total = torch.zeros_like(rows).index_add(0, first, rows)[first]  # (M, C), of the row's segment
-    size = torch.zeros_like(n).index_add(0, first, n)[first]  # (M,)
-    groups = torch.zeros_like(n).index_add(0, first, (n > 0).to(n.dtype))[first]
-    there = ((n > 0) & (groups > 1))[:, None]  # a row alone in its segment has nothing to differ from: exactly 0
-    n_, size_ = torch.where(there, n[:, None], 1), torch.where(there, size[:, None], 1)
+    total = part.total(rows)
     if mutual_information:
         # p(a,g) log(p(a,g) / (p(a) p(g))), with 0 log 0 = 0; a class of certain independence gives exactly 0.
-        tiny = torch.finfo(rows.dtype).tiny
-        positive = there & (rows > 0)
-        safe, safe_total = torch.where(positive, rows, 1), torch.where(positive, total, 1)
-        ratio = (safe * size_) / (safe_total * n_)
-        term = torch.where(positive, safe / size_ * ratio.clamp_min(tiny).log(), 0)
+        safe, safe_total = torch.where(entering, rows, 1), torch.where(entering, total, 1)
+        ratio = (safe * size) / (safe_total * n)
+        term = torch.where(entering, safe / size * ratio.clamp_min(torch.finfo(rows.dtype).tiny).log(), 0)
     else:
-        term = torch.where(there, rows / n_ - total / size_, 0).square()
+        term = torch.where(enters, rows / n - total / size, 0).square()
     value = term.sum(1)
     if weighted:
-        value = value * size / count.sum().clamp_min(1)
+        value = value * part.size / count.sum().clamp_min(1)
     return value.sum()
 
 

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from classfair._schema import Scalars, Tensors
 from classfair.reference.label_index import classify, raise_if_bad
 
 
@@ -33,25 +34,15 @@ def focal_weight(nll: Tensor, gamma: float) -> Tensor:
 
 
 class Labels:
-    """Hard labels of each row with their shares, which rows are in the loss, and the statistics' label."""
+    """Hard labels of each row with their shares, which rows are in the loss, and the label of the statistics."""
 
-    def __init__(
-        self,
-        logits: Tensor,
-        target: Tensor | None,
-        target_b: Tensor | None,
-        mix: Tensor | None,
-        dense: bool,
-        group: Tensor | None,
-        num_groups: int,
-        ignore_index: int,
-    ) -> None:
-        rows, num_classes = logits.shape
-        acc = logits.dtype
-        none = torch.zeros(rows, dtype=torch.bool, device=logits.device)
+    def __init__(self, rows: Tensor, t: Tensors, s: Scalars) -> None:  # rows (R, C)
+        num_classes, acc = rows.shape[1], rows.dtype
+        target, target_b, mix, group, ignore_index = t.target, t.target_b, t.mix, t.group, s.ignore_index
+        none = torch.zeros(rows.shape[0], dtype=torch.bool, device=rows.device)
         ignored, bad = none, none
         self.labels: list[tuple[Tensor, Tensor]] = []  # (label (R,), share (R,), 0 where absent)
-        self.statistic = torch.full((rows,), -1, device=logits.device)
+        self.statistic = torch.full(rows.shape[:1], -1, device=rows.device)
         expected = f"label in [0, {num_classes}) or ignore_index {ignore_index}"
         if target is not None:
             share = torch.ones_like(target, dtype=acc) if mix is None else mix.to(acc)
@@ -68,79 +59,62 @@ class Labels:
                 self.labels.append((torch.where(absent_b, 0, target_b), torch.where(absent_b, 0.0, 1 - share)))
                 self.statistic = torch.where(share >= 0.5, self.statistic, torch.where(absent_b, -1, target_b))
                 ignored, bad = ignored & ignored_b, bad | bad_b
-        if dense:
+        if t.soft_target is not None:
             ignored = none
         self.group = torch.zeros_like(self.statistic) if group is None else group
-        bad_group = ~ignored & ((self.group < -1) | (self.group >= num_groups))
-        raise_if_bad("softmax_loss", bad_group, self.group, f"group in [0, {num_groups}) or -1")
+        bad_group = ~ignored & ((self.group < -1) | (self.group >= s.num_groups))
+        raise_if_bad("softmax_loss", bad_group, self.group, f"group in [0, {s.num_groups}) or -1")
         self.ignored, self.invalid = ignored, bad | bad_group
         self.valid = ~(self.ignored | self.invalid)  # (R,)
 
 
-def softmax_loss(
-    logits: Tensor,
-    offset: Tensor | None,
-    margin: Tensor | None,
-    pair: Tensor | None,
-    target: Tensor | None,
-    target_b: Tensor | None,
-    mix: Tensor | None,
-    soft_target: Tensor | None,
-    slot: Tensor | None,
-    weight: Tensor | None,
-    group: Tensor | None,
-    cell: Tensor | None,
-    num_groups: int,
-    num_cells: int,
-    num_classes: int,
-    class_start: int,
-    ignore_index: int,
-    label_smoothing: float,
-    gamma: float,
-    stats: int,
-) -> tuple[Tensor, ...]:
-    """See :func:`classfair.ops.softmax_loss`; arguments and outputs in the order of the schema."""
-    acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    raw = _rows(logits).to(acc)  # (R, C)
-    dense = soft_target is not None
-    labels = Labels(raw, target, target_b, mix, dense, group, num_groups, ignore_index)
+def softmax_loss(t: Tensors, s: Scalars) -> tuple[Tensor, ...]:
+    """See :class:`classfair.ops.SoftmaxLoss`; outputs in the order of the operator."""
+    acc = torch.float64 if t.logits.dtype == torch.float64 else torch.float32
+    raw = _rows(t.logits).to(acc)  # (R, C)
+    labels = Labels(raw, t, s)
     valid = labels.valid
     safe = torch.where(valid[:, None], raw, 0.0)  # rows outside the loss must not leak a NaN into a gradient
-
-    x = safe
-    if offset is not None:
-        x = x + offset
-    if pair is not None:
-        index = labels.labels[0][0] if slot is None else slot
-        has_row = valid & (labels.statistic >= 0 if slot is None else (slot >= 0) & (slot < pair.shape[0]))
-        x = x + torch.where(has_row[:, None], pair[torch.where(has_row, index, 0)], 0.0)
-    if margin is not None:
-        y, share = labels.labels[0]
-        own = torch.where(share > 0, margin[y], 0.0)
-        x = x - own[:, None] * torch.nn.functional.one_hot(y, num_classes)
+    x = _perturbed(safe, t, labels)
 
     top, log_sum, x_safe = _log_sum_exp(x)
     dead = (x == -math.inf).all(1)
     nll = log_sum[:, None] - (x_safe - top[:, None])  # (R, C): -log p'
-    loss = _row_loss(nll, labels, soft_target, weight, label_smoothing, gamma)
+    loss = _row_loss(nll, labels, t.soft_target, t.weight, s.label_smoothing, s.gamma)
     loss = torch.where(dead, math.inf, loss)
+    if t.sample_weight is not None:
+        loss = torch.where(t.sample_weight == 0, 0.0, t.sample_weight * loss)
     loss = torch.where(labels.invalid, math.nan, torch.where(labels.ignored, 0.0, loss))
     lse = torch.where(dead, -math.inf, top.double() + log_sum.double())
     lse = torch.where(valid, lse, 0.0)
-    total_weight = _total_weight(raw, labels, dense, weight)
-    empty = raw.new_empty
-    if not stats:
-        none = empty(0, dtype=torch.int64)
-        table = empty(0, 0)
-        return loss, lse, lse.new_empty(0), none, table, table.clone(), table.clone(), none.clone(), total_weight
+    total_weight, loss_sum = _total_weight(raw, labels, t), loss.sum()
+    if not s.stats:
+        table, none = raw.new_empty(0, 0), raw.new_empty(0, dtype=torch.int64)
+        empty = (lse.new_empty(0), none, table, table.clone(), table.clone(), none.clone())
+        return loss, lse, *empty, total_weight, loss_sum
 
-    perturbed = offset is not None or margin is not None or pair is not None
-    lse_raw, prediction, mass, hit, joint, counts = _statistics(raw, safe, labels, dense, cell, num_groups, num_cells)
-    if not perturbed:
+    lse_raw, prediction, mass, hit, joint, counts = _statistics(raw, safe, labels, t, s)
+    if not t.perturbed:
         lse_raw = lse.new_empty(0)
-    if stats == 1:
+    if s.stats == 1:
         mass, hit, joint = mass.detach(), hit.detach(), joint.detach()
-    return loss, lse, lse_raw.detach(), prediction, mass, hit, joint, counts, total_weight
+    return loss, lse, lse_raw.detach(), prediction, mass, hit, joint, counts, total_weight, loss_sum
+
+
+def _perturbed(x: Tensor, t: Tensors, labels: Labels) -> Tensor:
+    """Logits (R, C) plus offset and pair row, minus the margin at the label."""
+    if t.offset is not None:
+        x = x + t.offset
+    if t.pair is not None:
+        index = labels.labels[0][0] if t.slot is None else t.slot
+        exists = labels.statistic >= 0 if t.slot is None else (t.slot >= 0) & (t.slot < t.pair.shape[0])
+        has_row = labels.valid & exists
+        x = x + torch.where(has_row[:, None], t.pair[torch.where(has_row, index, 0)], 0.0)
+    if t.margin is not None:
+        y, share = labels.labels[0]
+        own = torch.where(share > 0, t.margin[y], 0.0)
+        x = x - own[:, None] * torch.nn.functional.one_hot(y, x.shape[1])
+    return x
 
 
 def _row_loss(
@@ -167,26 +141,27 @@ def _row_loss(
     return loss
 
 
-def _total_weight(raw: Tensor, labels: Labels, dense: bool, weight: Tensor | None) -> Tensor:
-    """The denominator of "mean": weights of the hard labels in the loss, or the number of dense rows."""
-    if dense:
-        return labels.valid.sum().to(raw.dtype)
-    total = raw.new_zeros(())
-    for y, share in labels.labels:
-        w = share if weight is None else share * weight[y]
-        total = total + torch.where(labels.valid, w, 0.0).sum()
-    return total.detach()
+def _total_weight(raw: Tensor, labels: Labels, t: Tensors) -> Tensor:
+    """The denominator of "mean": weights of the hard labels in the loss, or of the dense rows."""
+    ones = torch.ones_like(raw[:, 0])
+    parts = [(None, ones)] if t.soft_target is not None else labels.labels
+    total = torch.zeros((), dtype=torch.float64, device=raw.device)
+    for y, share in parts:
+        w = share if t.weight is None or y is None else share * t.weight[y]
+        if t.sample_weight is not None:
+            w = w * t.sample_weight
+        total = total + torch.where(labels.valid, w, 0.0).sum(dtype=torch.float64)
+    return total.to(raw.dtype)
 
 
 def _statistics(
     raw: Tensor,  # (R, C)
     safe: Tensor,  # (R, C), zeros in rows outside the loss
     labels: Labels,
-    dense: bool,
-    cell: Tensor | None,
-    num_groups: int,
-    num_cells: int,
+    t: Tensors,
+    s: Scalars,
 ) -> tuple[Tensor, ...]:
+    num_groups, cell = s.num_groups, t.cell
     num_classes = raw.shape[1]
     top, log_sum, safe = _log_sum_exp(safe)
     dead = (raw == -math.inf).all(1)
@@ -207,15 +182,17 @@ def _statistics(
 
     mass = p.new_zeros(num_groups, num_classes).index_add(0, g, p)
     hit = p.new_zeros(num_groups * num_classes)
-    own = [(torch.where(counted, y, 0), torch.ones_like(p[:, 0]))] if dense else labels.labels
+    own = labels.labels
+    if t.soft_target is not None:
+        own = [(torch.where(counted, y, 0), torch.ones_like(p[:, 0]))]
     for label, share in own:
         hit = hit + table(label, share * p.gather(1, label[:, None]).squeeze(1))
     joint = p.new_zeros(0, 0)
     if cell is not None:
-        in_cell = counted & (cell >= 0) & (cell < num_cells)
-        index = torch.where(in_cell, cell, num_cells)  # a spare row, because there may be no cell at all
-        joint = p.new_zeros(num_cells + 1, num_classes).index_add(0, index, torch.where(in_cell[:, None], p, 0.0))
-        joint = joint[:num_cells]
+        in_cell = counted & (cell >= 0) & (cell < s.num_cells)
+        index = torch.where(in_cell, cell, s.num_cells)  # a spare row, because there may be no cell at all
+        joint = p.new_zeros(s.num_cells + 1, num_classes).index_add(0, index, torch.where(in_cell[:, None], p, 0.0))
+        joint = joint[: s.num_cells]
     prediction = raw.argmax(1)
     safe_y = torch.where(counted, y, 0)
     nonfinite = labels.valid & ~finite
@@ -231,35 +208,29 @@ def _statistics(
     return lse, prediction, mass, hit.view(num_groups, num_classes), joint, counts
 
 
+#: Outputs and inputs of the operator that gradients come from and go to, by position.
+SOURCES, DIFFERENTIABLE = (0, 1, 4, 5, 6), 4
+
+
 def softmax_loss_backward(
-    grad_loss: Tensor | None,
-    grad_lse: Tensor | None,
-    grad_mass: Tensor | None,
-    grad_hit: Tensor | None,
-    grad_joint: Tensor | None,
-    logits: Tensor,
-    offset: Tensor | None,
-    margin: Tensor | None,
-    pair: Tensor | None,
-    *rest: object,
+    upstream: tuple[Tensor | None, ...],  # of loss (R,), lse, mass, hit and joint
+    t: Tensors,
+    s: Scalars,
+    wants: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of logits, offset, margin and pair; differentiable itself, to any order."""
-    constant, wants = rest[:-3], (True, *rest[-3:])
-    values = (logits, offset, margin, pair)
-    active = [i for i, want in enumerate(wants) if want]
-    upstream = (grad_loss, grad_lse, grad_mass, grad_hit, grad_joint)
+    """Gradients of logits and, where wanted, of offset, margin and pair; differentiable itself, to any order."""
+    active = [i for i, want in enumerate((True, *wants)) if want]
 
     def formula(*inputs: Tensor) -> tuple[Tensor, ...]:
-        full = list(values)
+        full = list(t)
         for i, value in zip(active, inputs, strict=True):
             full[i] = value
-        outputs = softmax_loss(*full, *constant)  # type: ignore[arg-type]
-        outputs = (outputs[0], outputs[1], outputs[4], outputs[5], outputs[6])
-        return tuple(o for o, u in zip(outputs, upstream, strict=True) if u is not None)
+        outputs = softmax_loss(Tensors._make(full), s)
+        return tuple(outputs[i] for i, g in zip(SOURCES, upstream, strict=True) if g is not None)
 
-    pullback = torch.func.vjp(formula, *(values[i] for i in active))[1]
-    pulled = pullback(tuple(u for u in upstream if u is not None))
-    result: list[Tensor | None] = [None] * 4
+    pullback = torch.func.vjp(formula, *(t[i] for i in active))[1]
+    pulled = pullback(tuple(g for g in upstream if g is not None))
+    result: list[Tensor | None] = [None] * DIFFERENTIABLE
     for i, value in zip(active, pulled, strict=True):
         result[i] = value
     return tuple(result)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from classfair.ops._autograd import transformed
+from classfair.backends import transformed
 from classfair.ops.label_index import label_index
 from classfair.ops.softmax_loss import count_table
 from classfair.statistics import _processes as processes

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from classfair import MixedTarget, cross_entropy, total_weight
+from classfair.targets import flat_mixture, major_first, major_label
 
 WEIGHT = torch.tensor([0.5, 1.0, 2.0])
 EIGHTHS = torch.tensor([0.0, 0.125, 0.5, 0.75, 1.0, 0.375])  # every sum is exact, in any order
@@ -84,6 +85,25 @@ def test_totals_of_empty_and_ignored_batches_are_zero():
         assert total_weight(target) == 0
 
 
+@pytest.mark.parametrize("lam", [0.25, 0.5, torch.tensor([0.25, 0.5]), torch.tensor([[[0.25]], [[0.5]]])])
+def test_one_place_turns_lam_into_shares_and_a_major_label(lam):
+    y = torch.arange(12).view(2, 2, 3)
+    flat = flat_mixture("f", MixedTarget(y, y + 100, lam), y.shape, torch.float64)
+    first, second = (lam, lam) if isinstance(lam, float) else (0.25, 0.5)
+    assert flat.lam.tolist() == [first] * 6 + [second] * 6
+    swapped = torch.tensor([share < 0.5 for share in flat.lam.tolist()])
+    expected = torch.where(swapped, flat.y_b, flat.y_a)
+    assert torch.equal(major_label(flat), expected)
+    ordered, swap = major_first(flat)
+    assert torch.equal(swap, swapped)
+    assert torch.equal(ordered.y_a, expected)
+    assert torch.equal(ordered.y_b + ordered.y_a, flat.y_a + flat.y_b)
+    assert torch.equal(ordered.lam, torch.where(swapped, 0.75, flat.lam))
+    assert major_label(y) is y
+    if isinstance(lam, float):
+        assert torch.equal(major_label(MixedTarget(y, y + 100, lam)).reshape(-1), expected)
+
+
 BAD = [
     (lambda: total_weight([0]), TypeError, r"total_weight: expected target as a tensor, got list"),
     (lambda: total_weight(SIX.int()), TypeError, r"total_weight: expected target of dtype torch.int64"),
@@ -92,6 +112,11 @@ BAD = [
     (lambda: total_weight(MixedTarget(SIX, SIX[:2], 0.5)), ValueError, r"expected target.y_b of shape \(6,\)"),
     (lambda: total_weight(MixedTarget(0, SIX, 0.5)), TypeError, r"expected target.y_a as a tensor, got int"),
     (lambda: total_weight(MixedTarget(SIX, SIX, 1.5)), ValueError, r"expected target.lam in \[0, 1\], got 1.5"),
+    (
+        lambda: total_weight(MixedTarget(SIX, SIX, EIGHTHS.clone().requires_grad_())),
+        ValueError,
+        r"total_weight: expected target.lam without gradient",
+    ),
     (
         lambda: total_weight(MixedTarget(SIX, SIX, WEIGHT)),
         ValueError,

@@ -4,7 +4,7 @@ A back-end is an operator namespace: ``torch.ops.classfair_native`` and ``torch.
 functions of the same names and schemas. C++ registers its implementations under the first, Triton under the second.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -12,8 +12,9 @@ NAMESPACES = ("classfair_native", "classfair_triton")
 _libraries = {name: torch.library.Library(name, "DEF") for name in NAMESPACES}
 
 
-def define(schema: str, fake: Callable) -> None:
-    """Define one operator in every back-end's namespace, with its fake kernel."""
-    for name, library in _libraries.items():
+def define(schema: str, fake: Callable, namespaces: Sequence[str] = NAMESPACES) -> None:
+    """Define one operator, with its fake kernel, in every namespace that has it."""
+    for name in namespaces:
+        library = _libraries[name]
         library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"{name}::{schema.partition('(')[0]}", fake, lib=library)

@@ -1,0 +1,120 @@
+"""The operators of ``softmax_loss``: what they take and return, named once for Python (in C++: csrc/arguments.h).
+
+R = N (or N * L) rows, C classes, M pair rows. Floats other than ``logits`` are float32 (float64 for float64 logits);
+all but ``logits`` and ``soft_target`` are contiguous.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from classfair import _library
+from classfair._validate import acc_dtype
+
+
+class Tensors(NamedTuple):
+    """The tensors of both passes, in the order of the schema."""
+
+    logits: Tensor  # (N, C) or (N, C, L)
+    offset: Tensor | None = None  # (C,)
+    margin: Tensor | None = None  # (C,)
+    pair: Tensor | None = None  # (M, C)
+    target: Tensor | None = None  # (R,) int64
+    target_b: Tensor | None = None  # (R,) int64
+    mix: Tensor | None = None  # (R,) share of `target`
+    soft_target: Tensor | None = None  # shape of logits
+    slot: Tensor | None = None  # (R,) int64 row of `pair`; None: the label
+    weight: Tensor | None = None  # (C,)
+    sample_weight: Tensor | None = None  # (R,)
+    group: Tensor | None = None  # (R,) int64
+    cell: Tensor | None = None  # (R,) int64 row of `joint`
+
+    @property
+    def perturbed(self) -> bool:
+        """Whether the loss is of other logits than the statistics."""
+        return self.offset is not None or self.margin is not None or self.pair is not None
+
+
+class Scalars(NamedTuple):
+    """The scalars of both passes, in the order of the schema."""
+
+    num_groups: int = 1
+    num_cells: int = 0
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    gamma: float = 0.0
+    stats: int = 0
+
+
+class SoftmaxLoss(NamedTuple):
+    """Outputs of the primitive. R = N (or N * L) rows; what statistics were not asked for is None."""
+
+    loss: Tensor  # (R,) or reduced to (); float32, or float64 for float64 logits, as all below unless said
+    lse: Tensor  # (R,) float64: at logits of 1e4 a float32 log-sum-exp would put 5e-4 on every probability
+    total_weight: Tensor  # ()
+    lse_raw: Tensor | None = None  # (R,) float64, of the unperturbed logits; size 0 where it equals lse
+    prediction: Tensor | None = None  # (R,) int64
+    mass: Tensor | None = None  # (G, C)
+    hit: Tensor | None = None  # (G, C)
+    joint: Tensor | None = None  # (num_cells, C), size 0 without cells
+    counts: Tensor | None = None  # (3 * G * C + 2,) int64: count, correct, predicted, invalid and nonfinite rows
+
+
+def _schema(arguments: type[Tensors] | type[Scalars]) -> str:
+    names: dict[Any, str] = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", float: "float"}
+    return ", ".join(f"{names[kind]} {name}" for name, kind in arguments.__annotations__.items())
+
+
+NUM_TENSORS = len(Tensors._fields)
+
+
+def _fwd_fake(*inputs: Any) -> tuple[Tensor, ...]:
+    t, s = Tensors._make(inputs[:NUM_TENSORS]), Scalars._make(inputs[NUM_TENSORS:])
+    logits, classes, acc = t.logits, t.logits.shape[1], acc_dtype(t.logits)
+    rows = logits.shape[0] * (logits.shape[2] if logits.dim() == 3 else 1)
+
+    def new(*shape: Any, dtype: torch.dtype = acc) -> Tensor:
+        return logits.new_empty(shape, dtype=dtype)
+
+    table = (s.num_groups, classes) if s.stats else (0, 0)
+    return (
+        new(rows),
+        new(rows, dtype=torch.float64),
+        new(rows if s.stats and t.perturbed else 0, dtype=torch.float64),
+        new(rows if s.stats else 0, dtype=torch.int64),
+        new(*table),
+        new(*table),
+        new(*((s.num_cells, classes) if s.stats and t.cell is not None else (0, 0))),
+        new(3 * s.num_groups * classes + 2 if s.stats else 0, dtype=torch.int64),
+        new(),
+        new(),
+    )
+
+
+def _bwd_fake(*inputs: Any) -> tuple[Tensor, ...]:
+    t, (want_offset, want_margin, want_pair) = Tensors._make(inputs[6 : 6 + NUM_TENSORS]), inputs[-3:]
+    classes, acc = t.logits.shape[1], acc_dtype(t.logits)
+    pair = (t.pair.shape[0], classes) if want_pair and t.pair is not None else (0, 0)
+    return (
+        torch.empty_like(t.logits),
+        t.logits.new_empty(classes if want_offset else 0, dtype=acc),
+        t.logits.new_empty(classes if want_margin else 0, dtype=acc),
+        t.logits.new_empty(pair, dtype=acc),
+    )
+
+
+_library.define(
+    f"softmax_loss_fwd({_schema(Tensors)}, {_schema(Scalars)})"
+    " -> (Tensor loss, Tensor lse, Tensor lse_raw, Tensor prediction, Tensor mass, Tensor hit,"
+    " Tensor joint, Tensor counts, Tensor total_weight, Tensor loss_sum)",
+    _fwd_fake,
+)
+# Gradients of the statistics count `stats_scale` times; `grad_loss` is of each row, or one number for all.
+_library.define(
+    "softmax_loss_bwd(Tensor? grad_loss, Tensor? grad_lse, Tensor? grad_mass, Tensor? grad_hit, Tensor? grad_joint,"
+    f" Tensor? stats_scale, {_schema(Tensors)}, Tensor lse, Tensor lse_raw, {_schema(Scalars)},"
+    " bool want_offset, bool want_margin, bool want_pair)"
+    " -> (Tensor grad_logits, Tensor grad_offset, Tensor grad_margin, Tensor grad_pair)",
+    _bwd_fake,
+)
