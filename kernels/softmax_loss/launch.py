@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 import triton
-from classfair._schema import Scalars, Tensors
 from torch import Tensor
+
+from classfair._schema import Scalars, Tensors
 
 from ..common import acc_dtype, acc_type, check_labels, unit
 from .backward import (
