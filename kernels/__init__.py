@@ -6,7 +6,7 @@ They run on CUDA devices, and on CPU tensors too where Triton interprets (``TRIT
 import torch
 import triton
 
-from . import class_moments, fairness, label_index, pair_terms, softmax_loss
+from . import class_moments, label_index, pair_terms, softmax_loss
 
 
 def _register() -> None:
@@ -19,8 +19,6 @@ def _register() -> None:
         ("class_moments_merge", class_moments.class_moments_merge),
         ("pair_terms_fwd", pair_terms.pair_terms_fwd),
         ("pair_terms_bwd", pair_terms.pair_terms_bwd),
-        ("dependence", fairness.dependence),
-        ("iou_penalty", fairness.iou_penalty),
     ):
         torch.library.register_kernel(f"classfair_triton::{name}", devices, kernel)
 

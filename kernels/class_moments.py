@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .rows import acc_dtype, acc_type, unit
+from .common import acc_dtype, acc_type, unit
 
 _ROWS = 8  # of a tile: rows of a label are few
 _MAX_COLUMNS = 128  # of a tile

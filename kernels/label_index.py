@@ -5,9 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from classfair import reference
-
-from .rows import hard_label
+from .common import check_labels, hard_label
 
 _BLOCK = 1024
 
@@ -92,8 +90,7 @@ def label_index(
     """See ``classfair.ops.LabelIndex``."""
     rows, keys = target.shape[0], num_classes * num_groups
     capacity, group = min(rows, keys), None if group is None else group.contiguous()
-    if target.device.type == "cpu":  # a tensor of the interpreter: IndexError for a bad label
-        reference.label_index(target, group, num_classes, num_groups, ignore_index)
+    check_labels("label_index", (target,), group, num_classes, num_groups, ignore_index)
     new, launch = target.new_empty, {"BLOCK": _BLOCK, "enable_fp_fusion": True}
     # A radix sort passes over 32 bits in half the time.
     key = new(rows, dtype=torch.int32 if keys < 2**31 else torch.int64)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .rows import acc_type
+from .common import acc_type
 
 _THRESHOLD = tl.constexpr(1e-12)  # as in classfair.reference.pair_terms
 _SLOTS, _CLASSES, _FEATURES = 8, 32, 16  # 4096 differences at a time

@@ -1,4 +1,4 @@
-// Teams of threads, their fixed-order reductions, and indexing without 64-bit divisions.
+// Teams of threads and their fixed-order reductions.
 #pragma once
 
 #include <cmath>
@@ -10,11 +10,6 @@ namespace classfair {
 
 constexpr int kWarp = 32;
 constexpr int kThreads = 256;  // of a block, where nothing else is said
-
-// a / b for a >= 0, b > 0; the 64-bit division that is rarely needed costs five times as much.
-__device__ inline int64_t divide(int64_t a, int64_t b) {
-  return (a | b) >> 32 == 0 ? static_cast<int64_t>(static_cast<uint32_t>(a) / static_cast<uint32_t>(b)) : a / b;
-}
 
 __device__ inline int64_t global_thread() { return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; }
 __device__ inline int64_t grid_threads() { return static_cast<int64_t>(gridDim.x) * blockDim.x; }

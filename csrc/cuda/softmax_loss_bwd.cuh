@@ -16,11 +16,11 @@ struct RowGradient {
   int64_t live = 0;  // 0: the row's gradient is 0; no padding that a wide load would read unwritten
 };
 
-// The same from the statistics: p * (upstream_c + extras - dot), p the softmax of the given logits.
+// The same from the statistics: scale * p * (upstream_c + extras - dot), p the softmax of the given logits.
 template <class A>
 struct RowStatisticsGradient {
   bool live = false;
-  A high = 0, low = 0, dot = 0;
+  A high = 0, low = 0, dot = 0, scale = 1;
   const A *mass = nullptr, *joint = nullptr;  // upstream rows, null: zero
   int a = -1, b = -1;
   A extra_a = 0, extra_b = 0;  // of hit
@@ -34,13 +34,9 @@ template <class T>
 struct Backward {
   using A = acc_t<T>;
   Inputs<T> in;
+  Upstream<T> up;
   int width;
-  int64_t units;       // blocks of work
-  const A* grad_loss;  // null: zero
-  int64_t grad_loss_stride;
-  const double* grad_lse;                      // (rows,) or null
-  const A *grad_mass, *grad_hit, *grad_joint;  // (G, C), (G, C), (cells, C) or null
-  const double *lse, *lse_raw;                 // (rows,)
+  int64_t units;  // blocks of work
   Rows<T> grad_logits;
   RowGradient<A>* row_gradient;  // (rows,) for offset and pair, or null
   int64_t* slot_key;             // (rows,) or null; pair_rows where a row has no slot
@@ -76,10 +72,9 @@ __device__ RowGradient<A> perturbed_gradient(const Backward<T>& b, int64_t i, co
                                              const A* soft, const Team& team) {
   const Inputs<T>& in = b.in;
   RowGradient<A> g;
-  const double lse = b.lse[i];
+  const double lse = b.up.lse[i];
   if (row.kind != LabelKind::kValid || lse == -kInfinity<double>) return g;  // all -inf: loss +inf, gradient 0
-  const A upstream = b.grad_loss ? b.grad_loss[i * b.grad_loss_stride] : A(0);
-  const A upstream_lse = b.grad_lse ? static_cast<A>(b.grad_lse[i]) : A(0);
+  const A upstream = b.up.of_loss(i) * row.sample_weight, upstream_lse = b.up.of_lse(i);
   const A* pair = in.pair_row(row.slot);
   g.live = true;
   g.high = static_cast<A>(lse);
@@ -95,8 +90,7 @@ __device__ RowGradient<A> perturbed_gradient(const Backward<T>& b, int64_t i, co
   // Hard targets: t_y = share (1-e) w_y slope, the slope being the focal term's.
   const auto hard_target = [&](int64_t y, A share) {
     if (y < 0 || share == A(0)) return A(0);
-    const A w = in.weight ? in.weight[y] : A(1);
-    return share * (A(1) - in.smoothing) * w * focal_slope(-log_softmax(y), in.gamma);
+    return share * (A(1) - in.smoothing) * in.class_weight(y) * focal_slope(-log_softmax(y), in.gamma);
   };
   A target_a = hard_target(row.a, row.share_a);
   const A target_b = hard_target(row.b, row.share_b);
@@ -133,14 +127,15 @@ __device__ RowStatisticsGradient<A> statistics_gradient(const Backward<T>& b, in
                                                         const T* z, const Team& team) {
   const Inputs<T>& in = b.in;
   RowStatisticsGradient<A> g;
-  const double lse = b.lse_raw[i];
-  const bool any = b.grad_mass || b.grad_hit || b.grad_joint;
-  if (!any || row.label < 0 || row.group < 0 || !is_finite(lse)) return g;
+  const Upstream<T>& up = b.up;
+  const double lse = up.lse_raw[i];
+  if (!up.statistics() || row.label < 0 || row.group < 0 || !is_finite(lse)) return g;
   g.live = true;
   g.high = static_cast<A>(lse);
   g.low = static_cast<A>(lse - g.high);
-  if (b.grad_mass) g.mass = b.grad_mass + row.group * in.C;
-  if (b.grad_joint && row.cell >= 0 && row.cell < in.cells) g.joint = b.grad_joint + row.cell * in.C;
+  if (up.stats_scale) g.scale = *up.stats_scale;
+  if (up.grad_mass) g.mass = up.grad_mass + row.group * in.C;
+  if (up.grad_joint && row.cell >= 0) g.joint = up.grad_joint + row.cell * in.C;
   if (g.mass || g.joint) {
     A dot = 0;
     const int C = in.columns();
@@ -158,8 +153,8 @@ __device__ RowStatisticsGradient<A> statistics_gradient(const Backward<T>& b, in
     }
     g.dot = team_reduce(team, dot, Sum{});
   }
-  if (!b.grad_hit) return g;
-  const A* hit = b.grad_hit + row.group * in.C;
+  if (!up.grad_hit) return g;
+  const A* hit = up.grad_hit + row.group * in.C;
   const auto extra = [&](int64_t y, A share, A* value) {
     if (y < 0) return;
     *value = share * hit[y];
@@ -192,7 +187,7 @@ __device__ void write_gradient(const Inputs<T>& in, const RowGradient<A>& g, con
         const int c = base + j * width;
         if (c >= C) break;
         A v = g.live ? perturbed_column(in, g, pair, soft, c, x[j]) : A(0);
-        if (s.live) v += s.softmax(x[j]) * (s.upstream(c) + s.extras(c) - s.dot);
+        if (s.live) v += s.scale * s.softmax(x[j]) * (s.upstream(c) + s.extras(c) - s.dot);
         x[j] = v;
       }
     }

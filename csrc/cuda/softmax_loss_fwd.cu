@@ -1,6 +1,5 @@
 // softmax_loss forward: one pass over the rows, then sums of the statistics over groups, labels and cells.
 #include <optional>
-#include <tuple>
 
 #include "cuda/segments.cuh"
 #include "cuda/softmax_loss_fwd.cuh"
@@ -47,65 +46,42 @@ void sum_statistics(const Device& device, const Forward<T>& f, const StatisticsS
   sum_columns(device, softmax, sorted_items(by_cell, cell_start, in.cells, 1), in.C, start, joint);
 }
 
-using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
 template <class T>
-ForwardResult forward(const Arguments& a) {
+void forward(const SoftmaxLossArguments& a, const SoftmaxLossOutputs& out) {
   using A = acc_t<T>;
   const Device device(a.logits);
   Forward<T> f{};
   f.in = make_inputs<T>(a);
-  const Inputs<T>& in = f.in;
-  const int64_t rows = in.rows, G = in.stats ? in.G : 0, C = in.stats ? in.C : 0;
-  const bool stats = in.stats != 0, joint = stats && a.cell.has_value();
-  constexpr ScalarType acc = scalar_type_of<A>();
-  Tensor loss = allocate<1>(a.logits, {rows}, acc);
-  Tensor lse = allocate<1>(a.logits, {rows}, ScalarType::Double);
-  Tensor lse_raw = allocate<1>(a.logits, {stats && in.perturbed() ? rows : 0}, ScalarType::Double);
-  Tensor prediction = new_int64(a.logits, stats ? rows : 0);
-  Tensor mass = allocate<2>(a.logits, {G, C}, acc), hit = allocate<2>(a.logits, {G, C}, acc);
-  Tensor joint_rows = allocate<2>(a.logits, {joint ? in.cells : 0, joint ? C : 0}, acc);
-  Tensor counts = new_int64(a.logits, stats ? 3 * G * C + 2 : 0);
-  Tensor total_weight = allocate<0>(a.logits, {}, acc);
-
-  f.width = row_width(in.C);
-  f.units = ceil_div(rows, row_threads(f.width) / f.width);
-  const Tensor unit_weight = allocate<1>(a.logits, {f.units}, ScalarType::Double);
+  f.width = row_width(f.in.C);
+  f.units = row_blocks(f.in.rows, f.width);
+  const Tensor unit_totals = new_structs<Totals>(a.logits, f.units);
   std::optional<StatisticsScratch<A>> scratch;
-  if (stats) scratch.emplace(a.logits, joint, &f);
-  f.loss = data<A>(loss);
-  f.lse = data<double>(lse);
-  f.lse_raw = data<double>(lse_raw);
-  f.unit_weight = data<double>(unit_weight);
-  f.prediction = data<int64_t>(prediction);
-  f.counts = data<unsigned long long>(counts);
+  if (a.stats) scratch.emplace(a.logits, a.joint(), &f);
+  f.loss = data<A>(out.loss);
+  f.lse = data<double>(out.lse);
+  f.lse_raw = data<double>(out.lse_raw);
+  f.unit_totals = data<Totals>(unit_totals);
+  f.prediction = data<int64_t>(out.prediction);
+  f.counts = data<unsigned long long>(out.counts);
 
-  device.zero(counts);
-  device.launch(stats ? softmax_loss_fwd_kernel<T, true> : softmax_loss_fwd_kernel<T, false>, f.units,
+  device.zero(out.counts);
+  device.launch(a.stats ? softmax_loss_fwd_kernel<T, true> : softmax_loss_fwd_kernel<T, false>, f.units,
                 row_threads(f.width), f);
-  device.launch(total_weight_kernel<A>, 1, kThreads, static_cast<const double*>(f.unit_weight), f.units,
-                data<A>(total_weight));
-  if (stats) sum_statistics(device, f, *scratch, data<A>(mass), data<A>(hit), data<A>(joint_rows));
-  return {loss, lse, lse_raw, prediction, mass, hit, joint_rows, counts, total_weight};
+  device.launch(totals_kernel<A>, 1, kThreads, static_cast<const Totals*>(f.unit_totals), f.units,
+                data<A>(out.total_weight), data<A>(out.loss_sum));
+  if (a.stats) sum_statistics(device, f, *scratch, data<A>(out.mass), data<A>(out.hit), data<A>(out.joint));
 }
 
-ForwardResult softmax_loss_fwd_cuda(Tensor logits, OptionalTensor offset, OptionalTensor margin, OptionalTensor pair,
-                                    OptionalTensor target, OptionalTensor target_b, OptionalTensor mix,
-                                    OptionalTensor soft_target, OptionalTensor slot, OptionalTensor weight,
-                                    OptionalTensor group, OptionalTensor cell, OptionalTensor lse_in,
-                                    OptionalTensor lse_raw_in, int64_t num_groups, int64_t num_cells,
-                                    int64_t num_classes, int64_t class_start, int64_t ignore_index,
-                                    double label_smoothing, double gamma, int64_t stats) {
-  STD_TORCH_CHECK(!lse_in && !lse_raw_in && class_start == 0 && num_classes == logits.size(1),
-                  "softmax_loss: class shards are not supported yet");
-  const Arguments a{logits, offset, margin, pair, target,     target_b,  mix,          soft_target,
-                    slot,   weight, group,  cell, num_groups, num_cells, ignore_index, label_smoothing,
-                    gamma,  stats};
-  return dispatch_floating(logits.scalar_type(), [&](auto tag) { return forward<decltype(tag)>(a); });
+void softmax_loss_fwd_cuda(StableIValue* stack, uint64_t num_inputs, uint64_t num_outputs) {
+  BoxedCall call(stack, num_inputs, num_outputs);
+  const SoftmaxLossForwardArguments a(call);
+  const SoftmaxLossOutputs out(a);
+  dispatch_floating(a.logits.scalar_type(), [&](auto tag) { forward<decltype(tag)>(a, out); });
+  out.give(call);
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(classfair_native, CUDA, m) { m.impl("softmax_loss_fwd", TORCH_BOX(&softmax_loss_fwd_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(classfair_native, CUDA, m) { m.impl("softmax_loss_fwd", &softmax_loss_fwd_cuda); }
 
 }  // namespace classfair

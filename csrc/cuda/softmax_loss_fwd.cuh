@@ -12,6 +12,11 @@ struct alignas(sizeof(A) == 4 ? 16 : 8) RowSoftmax {
   int64_t counted;  // 0 or 1; no padding that a wide load would read unwritten
 };
 
+// What rows add to total_weight and loss_sum.
+struct Totals {
+  double weight, loss;
+};
+
 template <class T>
 struct Forward {
   using A = acc_t<T>;
@@ -20,7 +25,7 @@ struct Forward {
   int64_t units;           // blocks of work
   A* loss;                 // (rows,)
   double *lse, *lse_raw;   // (rows,); lse_raw null where it would equal lse
-  double* unit_weight;     // (units,)
+  Totals* unit_totals;     // (units,)
   int64_t* prediction;     // (rows,), and all below: null without statistics
   RowSoftmax<A>* softmax;  // (rows,)
   int64_t* hit_key;        // (rows,), or (2 * rows,) with target_b: group * C + label, G * C where it has none
@@ -118,7 +123,7 @@ __device__ RowScan<A> scan_row(const Inputs<T>& in, const RowLabels<A>& row, con
 #pragma unroll
     for (int j = 0; j < kBatch<A>; ++j) {
       const int c = base + j * width;
-      const A w = c >= C ? A(0) : in.weight ? in.weight[c] : A(1);
+      const A w = c >= C ? A(0) : in.class_weight(c);
       if (c < C) linear += w * (x[j] - own.reference());
       weights += w;
     }
@@ -176,7 +181,7 @@ __device__ A label_loss(const Inputs<T>& in, const RowLabels<A>& row, int64_t y,
   if (pair) x += pair[y];
   if (in.margin && y == row.a) x -= in.margin[y];
   const A nll = scan.lse.log - (x - scan.lse.max);
-  const A w = in.weight ? in.weight[y] : A(1);
+  const A w = in.class_weight(y);
   A loss = share * (A(1) - in.smoothing) * w * focal_weight(nll, in.gamma) * nll;
   if (in.smoothed()) loss += share * in.smoothing_share * (scan.weights * scan.lse.log - scan.linear);
   return loss;
@@ -209,7 +214,7 @@ __device__ void write_statistics(const Forward<T>& f, int64_t i, const RowLabels
     f.hit_key[in.rows + i] = second ? base + row.b : f.no_key();
     f.hit_value[in.rows + i] = second ? row.share_b * probability(row.b) : A(0);
   }
-  if (f.cell_key) f.cell_key[i] = counted && row.cell >= 0 && row.cell < in.cells ? row.cell : in.cells;
+  if (f.cell_key) f.cell_key[i] = counted && row.cell >= 0 ? row.cell : in.cells;
   if (row.kind == LabelKind::kInvalid) atomicAdd(f.counts + 3 * cells, 1ull);
   if (valid && !finite) atomicAdd(f.counts + 3 * cells + 1, 1ull);
   if (!counted) return;
@@ -218,9 +223,9 @@ __device__ void write_statistics(const Forward<T>& f, int64_t i, const RowLabels
   atomicAdd(f.counts + 2 * cells + base + scan.prediction, 1ull);
 }
 
-// All of one row; returns its weight in the mean, of use in the team's first thread.
+// All of one row; what it returns is of use in the team's first thread.
 template <bool kStats, class T, class A = acc_t<T>>
-__device__ double forward_row(const Forward<T>& f, int64_t i, const Team& team) {
+__device__ Totals forward_row(const Forward<T>& f, int64_t i, const Team& team) {
   const Inputs<T>& in = f.in;
   const RowLabels<A> row = resolve_labels<A>(in, i);
   const bool valid = row.kind == LabelKind::kValid, dense = in.soft.data != nullptr;
@@ -229,52 +234,56 @@ __device__ double forward_row(const Forward<T>& f, int64_t i, const Team& team) 
   A loss = 0;
   if (valid || kStats) scan = scan_row<kStats>(in, row, z, team);
   if (valid && dense) loss = dense_loss(in, i, z, scan.lse, team);
-  if (team.lane != 0) return 0.0;
+  if (team.lane != 0) return {};
   double weight = 0.0;
   if (valid) {
     loss += label_loss(in, row, row.a, row.share_a, z, scan);
     loss += label_loss(in, row, row.b, row.share_b, z, scan);
     if (scan.lse.dead) loss = kInfinity<A>;
     weight = dense ? 1.0 : 0.0;
-    if (row.a >= 0) weight += row.share_a * (in.weight ? in.weight[row.a] : A(1));
-    if (row.b >= 0) weight += row.share_b * (in.weight ? in.weight[row.b] : A(1));
+    if (row.a >= 0) weight += row.share_a * in.class_weight(row.a);
+    if (row.b >= 0) weight += row.share_b * in.class_weight(row.b);
+    loss = weighted_loss(row.sample_weight, loss);
+    weight *= row.sample_weight;
   } else if (row.kind == LabelKind::kInvalid) {
     loss = kNaN<A>;
   }
   f.loss[i] = loss;
   f.lse[i] = valid ? scan.lse.total() : 0.0;
   if (kStats) write_statistics(f, i, row, z, scan);
-  return weight;
+  return {weight, loss};
 }
 
 // A team owns a row: it reads the row once (dense targets: twice) and writes its loss, log-sum-exp and what the
-// statistics need. A block writes the total weight of its rows.
+// statistics need. A block writes the totals of its rows.
 template <class T, bool kStats>
 __global__ void __launch_bounds__(kMaxWidth, kMinBlocks) softmax_loss_fwd_kernel(Forward<T> f) {
-  __shared__ double weights[kSmallBlock];
+  __shared__ double weights[kSmallBlock], losses[kSmallBlock];
   const Team team(f.width);
-  const int teams = blockDim.x / f.width;
+  const int teams = blockDim.x / f.width, own = threadIdx.x / f.width;
   for (int64_t unit = blockIdx.x; unit < f.units; unit += gridDim.x) {
-    const int64_t i = unit * teams + threadIdx.x / f.width;
-    const double weight = i < f.in.rows ? forward_row<kStats>(f, i, team) : 0.0;
-    if (team.lane == 0) weights[threadIdx.x / f.width] = weight;
+    const int64_t i = unit * teams + own;
+    const Totals row = i < f.in.rows ? forward_row<kStats>(f, i, team) : Totals{};
+    if (team.lane == 0) weights[own] = row.weight, losses[own] = row.loss;
     __syncthreads();
     if (threadIdx.x == 0) {
-      double sum = 0.0;
-      for (int t = 0; t < teams; ++t) sum += weights[t];
-      f.unit_weight[unit] = sum;
+      Totals sum{};
+      for (int t = 0; t < teams; ++t) sum.weight += weights[t], sum.loss += losses[t];
+      f.unit_totals[unit] = sum;
     }
     __syncthreads();
   }
 }
 
-// One block adds up all weights.
+// One block adds up the totals of all units.
 template <class A>
-__global__ void __launch_bounds__(kThreads) total_weight_kernel(const double* weight, int64_t size, A* total) {
-  double sum = 0.0;
-  for (int64_t k = threadIdx.x; k < size; k += kThreads) sum += weight[k];
-  sum = block_reduce(sum, Sum{});
-  if (threadIdx.x == 0) *total = static_cast<A>(sum);
+__global__ void __launch_bounds__(kThreads)
+    totals_kernel(const Totals* unit, int64_t units, A* total_weight, A* loss_sum) {
+  Totals sum{};
+  for (int64_t k = threadIdx.x; k < units; k += kThreads) sum.weight += unit[k].weight, sum.loss += unit[k].loss;
+  sum.weight = block_reduce(sum.weight, Sum{});
+  sum.loss = block_reduce(sum.loss, Sum{});
+  if (threadIdx.x == 0) *total_weight = static_cast<A>(sum.weight), *loss_sum = static_cast<A>(sum.loss);
 }
 
 // p of one row (or of an item of its second label: 0) at one column.

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from classfair import backends
+from classfair._schema import Scalars, Tensors
 from tests.support.cases import CASES
 from tests.support.conformance import cast
 
@@ -12,8 +13,7 @@ if "kernels" in backends.load_errors:
     pytest.skip(backends.load_errors["kernels"], allow_module_level=True)
 
 import triton
-from classfair.kernels import class_moments, fairness, label_index, pair_terms, softmax_loss
-from classfair.kernels.rows import Inputs
+from classfair.kernels import class_moments, label_index, pair_terms, softmax_loss
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
@@ -71,20 +71,10 @@ def _check(kernels, names):
 def _compile_case(case, dtype, kernels):
     """The launches of a forward and of a backward from every output, without autograd."""
     x = cast(case.build(), dtype, "cpu")
-    tensors = [x.get(n) for n in Inputs._fields[:12]]
-    scalars = (
-        x.get("num_groups", 1),
-        x.get("num_cells", 0),
-        x["logits"].shape[1],
-        0,
-        x.get("ignore_index", -100),
-        x.get("label_smoothing", 0.0),
-        x.get("gamma", 0.0),
-        x["stats"],
-    )
-    out = softmax_loss.softmax_loss_fwd(*tensors, None, None, *scalars)
-    loss, lse, lse_raw, _, mass, hit, joint, _, _ = out
-    upstream = (loss, lse, mass, hit, joint) if x["stats"] == 2 else (loss, None, None, None, None)
+    tensors = Tensors(**{n: x[n] for n in Tensors._fields if n in x})
+    scalars = Scalars(**{n: x[n] for n in Scalars._fields if n in x})
+    loss, lse, lse_raw, _, mass, hit, joint, _, _, loss_sum = softmax_loss.softmax_loss_fwd(*tensors, *scalars)
+    upstream = (loss, lse, mass, hit, joint, loss_sum) if x["stats"] == 2 else (loss_sum, None, None, None, None, None)
     wants = [x.get(n) is not None for n in ("offset", "margin", "pair")]
     softmax_loss.softmax_loss_bwd(*upstream, *tensors, lse, lse_raw, *scalars, *wants)
     expected = {"_softmax_loss_fwd_kernel", "_softmax_loss_bwd_kernel"}
@@ -156,26 +146,11 @@ def test_pair_terms(normalize, dtype, compiled):
     _check(compiled, names | ({"_normalize_kernel"} if normalize else set()))
 
 
-@each_gpu(80, 90)
-@each_dtype(torch.float32, torch.float64)
-@pytest.mark.parametrize("shape", [(1, 1), (3, 33), (8, 21841)])
-def test_group_penalties(shape, dtype, compiled):
-    count = torch.zeros(shape, dtype=torch.int64)
-    rows, cell, num_cells = count.to(dtype), count[:, 0], torch.tensor(2)
-    for mutual_information in (False, True):
-        fairness.dependence(rows, count, None, None, mutual_information, False)
-        fairness.dependence(rows, count, cell, num_cells, mutual_information, False)
-        fairness.dependence(rows, count, cell, num_cells, mutual_information, True)
-        fairness.iou_penalty(rows, rows, count, mutual_information, True)
-        fairness.iou_penalty(rows, rows, count, mutual_information, False)
-    _check(compiled, {"_dependence_kernel", "_iou_kernel", "_iou_gradient_kernel"})
-
-
 @each_gpu(90)
 def test_batch_sizes_share_one_compilation(compiled):
-    hashes, scalars = set(), (1, 0, 10, 0, -100, 0.0, 0.0, 1)
+    hashes, scalars = set(), Scalars(stats=1)
     for rows in (2, 16, 31, 48, 1000):
         logits, target = torch.zeros(rows, 10), torch.zeros(rows, dtype=torch.int64)
-        softmax_loss.softmax_loss_fwd(logits, *(None,) * 3, target, *(None,) * 9, *scalars)
+        softmax_loss.softmax_loss_fwd(*Tensors(logits, target=target), *scalars)
         hashes |= {(k.metadata.name, k.hash) for k in compiled}
     assert len(hashes) == len({name for name, _ in hashes}) + 2  # sums of weights, of tables, of counts

@@ -1,50 +1,47 @@
 """``softmax_loss``: launches of its kernels. No call reads a device value on the host."""
 
-from typing import Any, NamedTuple
+from collections import namedtuple
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from classfair.reference.softmax_loss import Labels
+from classfair._schema import Scalars, Tensors
 
-from .rows import Inputs, acc_dtype, acc_type, unit, view
-from .softmax_loss_bwd import (
+from ..common import acc_dtype, acc_type, check_labels, unit
+from .backward import (
     RowGradients,
     Upstream,
     _gradient_sums_kernel,
     _softmax_loss_bwd_kernel,
 )
-from .softmax_loss_fwd import (
+from .forward import (
     Outputs,
     _probability_sums_kernel,
     _softmax_loss_fwd_kernel,
 )
+from .rows import Inputs, view
 from .sums import Cut, cut_keys, cut_rows, sum_splits
 
-_NUM_TENSORS = 12
+_Forward = namedtuple("_Forward", (*Tensors._fields, *Scalars._fields))
+_Backward = namedtuple(
+    "_Backward",
+    (
+        *("grad_loss", "grad_lse", "grad_mass", "grad_hit", "grad_joint", "stats_scale"),
+        *(*Tensors._fields, "lse", "lse_raw", *Scalars._fields),
+        *("want_offset", "want_margin", "want_pair"),
+    ),
+)
+_Arguments = _Forward | _Backward
 
 
-class Scalars(NamedTuple):
-    """The schema's scalars, in its order."""
-
-    num_groups: int
-    num_cells: int
-    num_classes: int
-    class_start: int
-    ignore_index: int
-    label_smoothing: float
-    gamma: float
-    stats: int
-
-
-def _inputs(tensors: tuple[Any, ...], s: Scalars) -> Inputs:
-    logits, soft = tensors[0], tensors[7]
-    if s.class_start != 0 or s.num_classes != logits.shape[1]:
-        raise RuntimeError("softmax_loss: class shards are not supported yet")
-    soft_view = None if soft is None else view(soft)
-    middle, rest = tensors[1:7], tensors[8:]
-    return Inputs(view(logits), *middle, soft_view, *rest, s.num_classes, unit(s.num_classes), s.num_groups)
+def _inputs(a: _Arguments) -> Inputs:
+    tensors = {name: getattr(a, name) for name in Tensors._fields}
+    tensors["logits"] = view(a.logits)
+    tensors["soft_target"] = None if a.soft_target is None else view(a.soft_target)
+    classes = a.logits.shape[1]
+    return Inputs(**tensors, num_groups=a.num_groups, num_classes=classes, unit=unit(classes))
 
 
 def _num_rows(x: Inputs) -> int:
@@ -79,17 +76,8 @@ def _common(logits: Tensor) -> dict[str, Any]:
     return {"ACC": acc_type(logits), "enable_fp_fusion": True}
 
 
-def _soft(x: Inputs, s: Scalars) -> bool:
-    return x.soft_target is not None or s.label_smoothing != 0
-
-
-def _check_labels(x: Inputs, s: Scalars) -> None:
-    """IndexError for tensors of the interpreter; a GPU flags the row instead, for looking would stall it."""
-    logits, dense = x.logits.data, x.soft_target is not None
-    if logits.device.type == "cpu":
-        rows = logits.new_zeros(()).expand(_num_rows(x), s.num_classes)
-        labels = (x.target, x.target_b, x.mix, dense, x.group, s.num_groups, s.ignore_index)
-        Labels(rows, *labels)
+def _soft(x: Inputs, a: _Arguments) -> bool:
+    return x.soft_target is not None or a.label_smoothing != 0
 
 
 def _replicas(num_rows: int, table: int) -> int:
@@ -99,103 +87,103 @@ def _replicas(num_rows: int, table: int) -> int:
 
 def softmax_loss_fwd(*arguments: Any) -> tuple[Tensor, ...]:
     """See ``classfair.ops.softmax_loss`` for arguments and outputs."""
-    tensors, (lse_in, lse_raw_in) = arguments[:_NUM_TENSORS], arguments[_NUM_TENSORS:][:2]
-    s = Scalars(*arguments[_NUM_TENSORS + 2 :])
-    x = _inputs(tensors, s)
-    if lse_in is not None or lse_raw_in is not None:
-        raise RuntimeError("softmax_loss: class shards are not supported yet")
-    _check_labels(x, s)
-    with torch.cuda.device_of(x.logits.data):
-        return _forward(x, s)
+    a = _Forward(*arguments)
+    dense, num_classes = a.soft_target is not None, a.logits.shape[1]
+    labels = (a.target, a.target_b)
+    check_labels("softmax_loss", labels, a.group, num_classes, a.num_groups, a.ignore_index, dense)
+    with torch.cuda.device_of(a.logits):
+        return _forward(_inputs(a), a)
 
 
-def _new_outputs(x: Inputs, s: Scalars, programs: int, perturbed: bool) -> Outputs:
+def _new_outputs(x: Inputs, a: _Arguments, programs: int, perturbed: bool) -> Outputs:
     rows, acc = _num_rows(x), acc_dtype(x.logits.data)
     new = x.logits.data.new_empty
     loss, lse = new(rows, dtype=acc), new(rows, dtype=torch.float64)
-    row_weight = new((programs, 1), dtype=acc)
-    if not s.stats:
-        return Outputs(loss, lse, row_weight, None, None, None, None, None)
-    table = s.num_groups * s.num_classes
+    weight_parts, loss_parts = new((programs, 1), dtype=acc), new((programs, 1), dtype=acc)
+    if not a.stats:
+        return Outputs(loss, lse, weight_parts, loss_parts, None, None, None, None, None)
+    table = a.num_groups * x.num_classes
     lse_raw = new(rows, dtype=torch.float64) if perturbed else None
     counts = loss.new_zeros((_replicas(rows, table), 3 * table + 2), dtype=torch.int64)
     cell = None if x.cell is None else new(rows, dtype=torch.int32)
     prediction, group = new(rows, dtype=torch.int64), new(rows, dtype=torch.int32)
-    return Outputs(loss, lse, row_weight, lse_raw, prediction, counts, group, cell)
+    return Outputs(loss, lse, weight_parts, loss_parts, lse_raw, prediction, counts, group, cell)
 
 
-def _forward(x: Inputs, s: Scalars) -> tuple[Tensor, ...]:
+def _forward(x: Inputs, a: _Arguments) -> tuple[Tensor, ...]:
     tile, rows = _row_tile(x.logits.data), _num_rows(x)
     perturbed = any(t is not None for t in (x.offset, x.margin, x.pair))
     programs = triton.cdiv(rows, tile["BLOCK_N"])
-    out = _new_outputs(x, s, programs, perturbed)
+    out = _new_outputs(x, a, programs, perturbed)
     _softmax_loss_fwd_kernel[(programs,)](
         x,
         out,
         rows,
-        s.num_cells,
+        a.num_cells,
         _pair_rows(x),
         1 if out.counts is None else out.counts.shape[0],
-        s.ignore_index,
-        s.label_smoothing,
-        s.gamma,
-        STATS=s.stats != 0,
+        a.ignore_index,
+        a.label_smoothing,
+        a.gamma,
+        STATS=a.stats != 0,
         PERTURBED=perturbed,
-        SOFT=_soft(x, s),
-        FOCAL=s.gamma != 0,
+        SOFT=_soft(x, a),
+        FOCAL=a.gamma != 0,
         **tile,
     )
-    total_weight = sum_splits(out.row_weight).view(())
+    total_weight, loss_sum = sum_splits(out.weight_parts).view(()), sum_splits(out.loss_parts).view(())
     new = out.loss.new_empty
     lse_raw = new(0, dtype=torch.float64) if out.lse_raw is None else out.lse_raw
     mass, hit, joint = new(0, 0), new(0, 0), new(0, 0)
-    if not s.stats:
+    if not a.stats:
         none, nothing = new(0, dtype=torch.int64), new(0, dtype=torch.int64)
-        return out.loss, out.lse, lse_raw, none, mass, hit, joint, nothing, total_weight
+        return out.loss, out.lse, lse_raw, none, mass, hit, joint, nothing, total_weight, loss_sum
     lse = out.lse if out.lse_raw is None else out.lse_raw
-    mass, hit = _probability_sums(x, s, lse, cut_rows(out.group, s.num_groups), with_hit=True)
+    mass, hit = _probability_sums(x, a, lse, cut_rows(out.group, a.num_groups), with_hit=True)
     if out.cell is not None:
-        joint, _ = _probability_sums(x, s, lse, cut_keys(out.cell, s.num_cells), with_hit=False)
+        joint, _ = _probability_sums(x, a, lse, cut_keys(out.cell, a.num_cells), with_hit=False)
     counts = sum_splits(out.counts)
-    return out.loss, out.lse, lse_raw, out.prediction, mass, hit, joint, counts, total_weight
+    return out.loss, out.lse, lse_raw, out.prediction, mass, hit, joint, counts, total_weight, loss_sum
 
 
-def _probability_sums(x: Inputs, s: Scalars, lse: Tensor, cut: Cut, *, with_hit: bool) -> tuple[Tensor, Tensor | None]:
+def _probability_sums(
+    x: Inputs, a: _Arguments, lse: Tensor, cut: Cut, *, with_hit: bool
+) -> tuple[Tensor, Tensor | None]:
     """Sums of p (keys, C) over the rows of each key and, with_hit, of p at the rows' labels."""
     logits = x.logits.data
-    mass = logits.new_empty((cut.splits, cut.keys, s.num_classes), dtype=acc_dtype(logits))
+    mass = logits.new_empty((cut.splits, cut.keys, x.num_classes), dtype=acc_dtype(logits))
     hit = torch.empty_like(mass) if with_hit else None
     tile = _column_tile(logits, cut)
-    grid = (cut.splits * cut.keys, triton.cdiv(s.num_classes, tile["BLOCK_C"]))
-    _probability_sums_kernel[grid](x, lse, mass, hit, *cut, lse.shape[0], s.ignore_index, **tile)
+    grid = (cut.splits * cut.keys, triton.cdiv(x.num_classes, tile["BLOCK_C"]))
+    _probability_sums_kernel[grid](x, lse, mass, hit, *cut, lse.shape[0], a.ignore_index, **tile)
     return sum_splits(mass), None if hit is None else sum_splits(hit)
 
 
 def softmax_loss_bwd(*arguments: Any) -> tuple[Tensor, ...]:
     """Gradients of logits, offset, margin and pair; the last three have size 0 unless wanted."""
-    upstream, arguments = arguments[:5], arguments[5:]
-    tensors, (lse, lse_raw) = arguments[:_NUM_TENSORS], arguments[_NUM_TENSORS:][:2]
-    *scalars, want_offset, want_margin, want_pair = arguments[_NUM_TENSORS + 2 :]
-    s = Scalars(*scalars)
-    x, logits = _inputs(tensors, s), tensors[0]
-    loss, *middle, joint = upstream
-    stride = 0 if loss is None else loss.stride(0)
-    up = Upstream(loss, *middle, None if x.cell is None else joint, stride)  # no cell: size 0
+    a = _Backward(*arguments)
+    x, logits = _inputs(a), a.logits
     offset = margin = pair = None
     with torch.cuda.device_of(logits):
-        row = _new_row_gradients(x) if want_offset or want_margin or want_pair else None
-        raw = lse if lse_raw is None or lse_raw.numel() == 0 else lse_raw
-        grad = _backward(x, s, up, row, lse, raw)
-        if want_offset or want_margin:
+        row = _new_row_gradients(x) if a.want_offset or a.want_margin or a.want_pair else None
+        grad = _backward(x, a, row)
+        if a.want_offset or a.want_margin:
             cut = cut_rows(row.active, 1)
-            offset, margin = _gradient_sums(x, s, lse, row, cut, want_offset, want_margin)
-        if want_pair:
+            offset, margin = _gradient_sums(x, a, row, cut, a.want_offset, a.want_margin)
+        if a.want_pair:
             cut = cut_keys(row.slot, _pair_rows(x))
-            pair, _ = _gradient_sums(x, s, lse, row, cut, True, False)
+            pair, _ = _gradient_sums(x, a, row, cut, True, False)
     new, acc = logits.new_empty, acc_dtype(logits)
     offset = new(0, dtype=acc) if offset is None else offset.view(-1)
     margin = new(0, dtype=acc) if margin is None else margin.view(-1)
     return grad, offset, margin, new((0, 0), dtype=acc) if pair is None else pair
+
+
+def _upstream(a: _Arguments) -> Upstream:
+    loss = a.grad_loss
+    stride = 0 if loss is None or loss.dim() == 0 else loss.stride(0)
+    joint = None if a.cell is None else a.grad_joint  # size 0 without cells
+    return Upstream(loss, a.grad_lse, a.grad_mass, a.grad_hit, joint, a.stats_scale, stride)
 
 
 def _new_row_gradients(x: Inputs) -> RowGradients:
@@ -205,8 +193,9 @@ def _new_row_gradients(x: Inputs) -> RowGradients:
     return RowGradients(*floats, *integers)
 
 
-def _backward(x: Inputs, s: Scalars, up: Upstream, row: RowGradients | None, lse: Tensor, lse_raw: Tensor) -> Tensor:
+def _backward(x: Inputs, a: _Arguments, row: RowGradients | None) -> Tensor:
     """Gradient of the logits; fills row."""
+    up, lse_raw = _upstream(a), a.lse_raw if a.lse_raw.numel() else a.lse
     logits, rows = x.logits.data, _num_rows(x)
     grad, tile = torch.empty_like(logits), _row_tile(logits)
     _softmax_loss_bwd_kernel[(triton.cdiv(rows, tile["BLOCK_N"]),)](
@@ -214,33 +203,33 @@ def _backward(x: Inputs, s: Scalars, up: Upstream, row: RowGradients | None, lse
         up,
         row,
         view(grad),
-        lse,
+        a.lse,
         lse_raw,
         rows,
-        s.num_cells,
+        a.num_cells,
         _pair_rows(x),
-        s.ignore_index,
-        s.label_smoothing,
-        s.gamma,
+        a.ignore_index,
+        a.label_smoothing,
+        a.gamma,
         STATS=any(g is not None for g in (up.mass, up.hit, up.joint)),
-        SOFT=_soft(x, s),
-        FOCAL=s.gamma != 0,
+        SOFT=_soft(x, a),
+        FOCAL=a.gamma != 0,
         **tile,
     )
     return grad
 
 
 def _gradient_sums(
-    x: Inputs, s: Scalars, lse: Tensor, row: RowGradients, cut: Cut, total: bool, margin: bool
+    x: Inputs, a: _Arguments, row: RowGradients, cut: Cut, total: bool, margin: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """Sums of the perturbed logits' gradient (keys, C) over the rows of each key, and of the margins'."""
     logits = x.logits.data
-    partial = logits.new_empty((cut.splits, cut.keys, s.num_classes), dtype=acc_dtype(logits))
+    partial = logits.new_empty((cut.splits, cut.keys, x.num_classes), dtype=acc_dtype(logits))
     totals = partial if total else None
     margins = torch.empty_like(partial) if margin else None
     tile = _column_tile(logits, cut)
-    grid = (cut.splits * cut.keys, triton.cdiv(s.num_classes, tile["BLOCK_C"]))
+    grid = (cut.splits * cut.keys, triton.cdiv(x.num_classes, tile["BLOCK_C"]))
     _gradient_sums_kernel[grid](
-        x, lse, row, totals, margins, *cut, lse.shape[0], s.label_smoothing, SOFT=_soft(x, s), **tile
+        x, a.lse, row, totals, margins, *cut, a.lse.shape[0], a.label_smoothing, SOFT=_soft(x, a), **tile
     )
     return tuple(None if t is None else sum_splits(t) for t in (totals, margins))

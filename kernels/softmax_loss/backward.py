@@ -20,11 +20,12 @@ from .terms import two_parts
 class Upstream(NamedTuple):
     """Gradients of the outputs; None is zero."""
 
-    loss: Tensor | None  # (R,), any stride
+    loss: Tensor | None  # (R,) of any stride, or () with stride 0
     lse: Tensor | None  # (R,) float64
     mass: Tensor | None  # (G, C)
     hit: Tensor | None  # (G, C)
     joint: Tensor | None  # (num_cells, C)
+    stats_scale: Tensor | None  # (), how many times mass, hit and joint count
     loss_stride: int
 
 
@@ -123,11 +124,15 @@ def _softmax_loss_bwd_kernel(
     upstream_lse = upstream
     if up.loss is not None:
         upstream = tl.load(up.loss + rows * up.loss_stride, mask=active, other=0.0)
+        if x.sample_weight is not None:
+            upstream *= tl.load(x.sample_weight + rows, mask=active, other=0.0)
     if up.lse is not None:
         upstream_lse = tl.load(up.lse + rows, mask=active, other=0.0).to(ACC)
 
-    statistics = (active,)
+    statistics, stats_scale = (active,), tl.full((), 1.0, ACC)
     if STATS:
+        if up.stats_scale is not None:
+            stats_scale = tl.load(up.stats_scale)
         statistics = statistics_row(x, up, rows, active, a, share_a, b, share_b, label, group, num_cells, lse_raw, ACC)
     soft = tl.zeros((BLOCK_N,), ACC)
     dot = soft
@@ -154,7 +159,7 @@ def _softmax_loss_bwd_kernel(
         gradient = loss_gradient(x, z, rows, columns, inside, slot, high, low, row, smoothing, SOFT, ACC)
         if STATS:
             p, r = statistic_gradient(x, up, z, columns, statistics)
-            gradient += p * (r - dot[:, None])
+            gradient += stats_scale * p * (r - dot[:, None])
         gradient = tl.where(active[:, None], gradient, 0.0)
         pointers = grad_start[:, None] + columns.to(tl.int64)[None, :] * grad.stride_c
         tl.store(pointers, gradient.to(grad.data.dtype.element_ty), mask=inside)

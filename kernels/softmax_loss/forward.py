@@ -32,7 +32,8 @@ class Outputs(NamedTuple):
 
     loss: Tensor  # (R,)
     lse: Tensor  # (R,) float64
-    row_weight: Tensor  # (programs,) share of each program in total_weight
+    weight_parts: Tensor  # (programs, 1) each program's part of total_weight
+    loss_parts: Tensor  # (programs, 1) and of loss_sum
     lse_raw: Tensor | None  # (R,) float64
     prediction: Tensor | None  # (R,)
     counts: Tensor | None  # (replicas, 3 * G * C + 2)
@@ -191,9 +192,15 @@ def _softmax_loss_fwd_kernel(
         loss += tl.where(share > 0.0, share * soft, 0.0)
     dead = (top == float("-inf")) & (total == 0.0)  # every logit is -inf
     loss = tl.where(valid, tl.where(dead, float("inf"), loss), 0.0)
-    tl.store(out.loss + rows, tl.where(invalid, float("nan"), loss), mask=present)
+    if x.sample_weight is not None:
+        own = tl.load(x.sample_weight + rows, mask=present, other=0.0)
+        weight *= own
+        loss = tl.where(own == 0.0, 0.0, own * loss)  # 0 * inf
+    loss = tl.where(invalid, float("nan"), loss)
+    tl.store(out.loss + rows, loss, mask=present)
     tl.store(out.lse + rows, tl.where(valid, log_sum_exp(top, total), 0.0), mask=present)
-    tl.store(out.row_weight + tl.program_id(0), tl.sum(tl.where(valid, weight, 0.0), 0))
+    tl.store(out.weight_parts + tl.program_id(0), tl.sum(tl.where(valid, weight, 0.0), 0))
+    tl.store(out.loss_parts + tl.program_id(0), tl.sum(tl.where(present, loss, 0.0), 0))
     if STATS:
         lse = log_sum_exp(raw_top, raw_sum)
         if PERTURBED:

@@ -1,12 +1,12 @@
 """Samples: what kernels are given, how rows and classes are addressed, and what the labels of a row mean."""
 
-import math
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from ..common import hard_label, unit
 
 
 class View(NamedTuple):
@@ -21,7 +21,7 @@ class View(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """Tensors of softmax_loss in the order of its schema. An absent one is None and compiled out."""
+    """Tensors of softmax_loss by the names of its schema. An absent one is None and compiled out."""
 
     logits: View  # R rows
     offset: Tensor | None  # (C,)
@@ -33,16 +33,12 @@ class Inputs(NamedTuple):
     soft_target: View | None  # R rows
     slot: Tensor | None  # (R,)
     weight: Tensor | None  # (C,)
+    sample_weight: Tensor | None  # (R,)
     group: Tensor | None  # (R,)
     cell: Tensor | None  # (R,)
+    num_groups: int
     num_classes: int
     unit: tl.constexpr  # divides num_classes
-    num_groups: int
-
-
-def unit(size: int) -> tl.constexpr:
-    """Divisor that the compiler is told. It notices 16 itself; 1000 classes would be read two bytes at a time."""
-    return tl.constexpr(math.gcd(16, size))
 
 
 def view(tensor: Tensor) -> View:
@@ -50,14 +46,6 @@ def view(tensor: Tensor) -> View:
     length, stride_l = (1, 0) if tensor.dim() == 2 else (tensor.shape[2], tensor.stride(2))
     stride_n, stride_c = tensor.stride()[:2]
     return View(tensor, length, stride_n, stride_c, stride_l, unit(stride_n))
-
-
-def acc_dtype(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
-
-
-def acc_type(logits: Tensor) -> tl.dtype:
-    return tl.float64 if logits.dtype == torch.float64 else tl.float32
 
 
 @triton.jit
@@ -78,16 +66,6 @@ def load_tile(view, start, columns, inside, OTHER: tl.constexpr, ACC: tl.constex
     """(N, C') values of the rows at `start`, OTHER outside."""
     pointers = start[:, None] + columns.to(tl.int64)[None, :] * view.stride_c
     return tl.load(pointers, mask=inside, other=OTHER).to(ACC)
-
-
-@triton.jit
-def hard_label(labels, rows, present, num_classes, ignore_index):
-    """Label of each row, -1 where it is none; whether it is ignored; whether it is out of range."""
-    # Compared at full 64-bit width: 2^32 + 3 is not class 3.
-    y = tl.load(labels + rows, mask=present, other=0)
-    ignored = y == ignore_index
-    invalid = (y != ignore_index) & ((y < 0) | (y >= num_classes))
-    return tl.where(ignored | invalid, -1, y), ignored, invalid
 
 
 @triton.jit
