@@ -15,10 +15,16 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 BUILT = ROOT / "build" / "cuda_emulator"
 #: Every access of a kernel becomes a call of the emulator. Loops stay as they are written.
-INSTRUMENTED = (
-    "-fsanitize=thread --param=tsan-instrument-func-entry-exit=0 -fno-tree-vectorize -fno-strict-aliasing"
-    " -x c++ -DTORCH_TARGET_VERSION=0x020a000000000000 -Wno-unknown-pragmas"
-).split()
+INSTRUMENTED = [
+    "-fsanitize=thread",
+    "--param=tsan-instrument-func-entry-exit=0",
+    "-fno-tree-vectorize",
+    "-fno-strict-aliasing",
+    "-x",
+    "c++",
+    "-DTORCH_TARGET_VERSION=0x020a000000000000",
+    "-Wno-unknown-pragmas",
+]
 
 
 def _flags() -> list[str]:
