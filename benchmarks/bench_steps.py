@@ -136,8 +136,8 @@ STEPS = (
     Step("equalized odds", EQUALIZED_ODDS, (256, 1000, 2), "both"),
     Step("ISDA", ISDA, (256, 1000, 2048), "both"),
     Step("MetaLAD", METALAD, (256, 1000, 2048), "both"),
-    *(Step("pair variance", pair_variance, (64, 1000, 512), part) for part in PARTS),
-    Step("class moments", update, (256, 1000, 2048), "forward"),
+    *(Step("pair variance", pair_variance, (16, 1000, 512), part) for part in PARTS),
+    Step("class moments", update, (256, 1000, 512), "forward"),
 )
 
 
