@@ -60,8 +60,8 @@ bench-features: $(VENV)/.installed  ## time ISDA and MetaLAD beside the publishe
 bench-fairness: $(VENV)/.installed  ## time the group penalties beside loops over cells and plain torch
 	$(BIN)/python -m benchmarks.fairness $(ARGS)
 
-bench-check: $(VENV)/.installed  ## compare this machine's ratios to torch with the committed ones
-	$(BIN)/python -m benchmarks.check $(ARGS)
+bench-check: $(VENV)/.installed  ## is this tree slower than commit BASE (default: where it left the main branch)?
+	$(BIN)/python -m benchmarks.check $(BASE)
 
 # GPU targets need no network: they use the torch, triton, ninja, pybind11 and pytest that $(PYTHON) already has. If that
 # is itself the python of an environment, a new one does not inherit its packages: parent.pth says where they are.
@@ -97,4 +97,4 @@ doctor: $(VENV)/.installed  ## show versions and back-ends, and test them
 	$(BIN)/classfair doctor
 
 clean:  ## remove what was built
-	rm -rf build dist *.egg-info classfair/*.so $(VENV)/.installed
+	rm -rf build dist .bench *.egg-info classfair/*.so $(VENV)/.installed
