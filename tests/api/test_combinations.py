@@ -12,7 +12,7 @@ from classfair.ops import label_index
 
 BACKENDS = [b for b in ("native", "reference") if b in backends.available("softmax_loss", "cpu")]
 KINDS = ("labels", "MixedTarget", "probabilities")
-KEYWORDS = ("offset", "margin", "pair", "weight", "label_smoothing", "gamma")
+KEYWORDS = ("offset", "margin", "pair", "weight", "sample_weight", "label_smoothing", "gamma")
 N, C, IGNORED = 6, 3, -100
 
 
