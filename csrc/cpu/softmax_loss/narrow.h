@@ -52,6 +52,7 @@ struct NarrowTile {
     }
   }
   CLASSFAIR_INLINE int64_t row(int64_t r) const { return begin + std::min(r, count - 1); }
+  CLASSFAIR_INLINE static Class column(int64_t c) { return static_cast<Label>(c) - Class{}; }
   CLASSFAIR_INLINE static Class lanes(const Label* values) {
     Class v;
     std::memcpy(&v, values, sizeof(v));
@@ -94,8 +95,9 @@ void narrow_forward_chunk(const Forward<T>& f, int64_t chunk) {
     const typename Tile::Class label = Tile::lanes(tile.label), valid = Tile::lanes(tile.valid);
     const typename Tile::Class in_loss = Tile::lanes(tile.in_loss);
     Vec<A> largest = splat(-std::numeric_limits<A>::infinity()), chosen = {};
-    typename Tile::Class first = {}, column = {};  // first maximum
-    for (int64_t c = 0; c < in.C; ++c, column += 1) {
+    typename Tile::Class first = {};  // maximum
+    for (int64_t c = 0; c < in.C; ++c) {
+      const typename Tile::Class column = Tile::column(c);
       first = x[c] > largest ? column : first;
       largest = max(largest, x[c]);
       chosen = label == column ? x[c] : chosen;
@@ -162,10 +164,9 @@ void narrow_backward_chunk(const Backward<T>& b, int64_t chunk) {
     const Vec<A> scale = load(grad_loss) * load(tile.weight), scale_lse = load(grad_lse);
     const Vec<A> high_v = load(high), low_v = load(low);
     Vec<A> p[kNarrow], upstream[kNarrow], dot = {};
-    typename Tile::Class column = {};
     const Vec<A> others = sum_classes<A>(in.C, [&](int64_t c) {  // what p of the label lacks to 1
       p[c] = exp((tile.logits[c] - high_v) - low_v);
-      return label == column++ ? Vec<A>{} : p[c];
+      return label == Tile::column(c) ? Vec<A>{} : p[c];
     });
     if (b.statistics()) {
       const A stats_scale = b.of_statistics();
@@ -177,9 +178,8 @@ void narrow_backward_chunk(const Backward<T>& b, int64_t chunk) {
         mass[r] = b.grad_mass && base >= 0 ? b.grad_mass + base : kNone;
         joint[r] = b.grad_joint && tile.cell[r] >= 0 ? b.grad_joint + tile.cell[r] * in.C : kNone;
       }
-      column = typename Tile::Class{};
       dot = sum_classes<A>(in.C, [&](int64_t c) {
-        upstream[c] = label == column++ ? load(hit) : Vec<A>{};
+        upstream[c] = label == Tile::column(c) ? load(hit) : Vec<A>{};
         if (b.grad_mass) upstream[c] += Tile::gather(mass, c);
         if (b.grad_joint) upstream[c] += Tile::gather(joint, c);
         upstream[c] *= stats_scale;
@@ -188,11 +188,10 @@ void narrow_backward_chunk(const Backward<T>& b, int64_t chunk) {
     }
     T* out[kRows];
     tile.find(b.grad_logits, out);
-    column = typename Tile::Class{};
-    for (int64_t c = 0; c < in.C; ++c, column += 1) {
+    for (int64_t c = 0; c < in.C; ++c) {
       // p - 1 of the label: of two ways to form it, the one that loses no digits.
       const Vec<A> less_one = p[c] < A(0.5) ? p[c] - A(1) : -others;
-      Vec<A> v = scale * (label == column ? less_one : p[c]) + scale_lse * p[c];
+      Vec<A> v = scale * (label == Tile::column(c) ? less_one : p[c]) + scale_lse * p[c];
       if (b.statistics()) v += p[c] * (upstream[c] - dot);
       T lane[kRows];
       store(lane, valid ? v : Vec<A>{});
