@@ -142,7 +142,7 @@ CLASSFAIR_INLINE DoubleV max(DoubleV a, DoubleV b) { return a > b ? a : b; }
 // The lanes in which a comparison of vectors of A holds, as bits. Comparisons have types of their own in clang.
 template <class A, class Comparison>
 CLASSFAIR_INLINE unsigned lane_bits(Comparison comparison) {
-  const auto mask = bits_as<typename VectorOf<A>::Mask>(comparison);
+  const auto mask = (typename VectorOf<A>::Mask)comparison;
 #if CLASSFAIR_VECTOR_BYTES == 64
   if constexpr (sizeof(A) == 4) return _mm512_movepi32_mask((__m512i)mask);
 #elif CLASSFAIR_VECTOR_BYTES == 32

@@ -29,7 +29,6 @@ struct NarrowTile {
   LabelKind kind[kRows];
   Label valid[kRows];                 // -1: in the loss, 0: ignored or an error
   Label label[kRows];                 // 0 where not valid
-  Label in_loss[kRows];               // -1: valid and of a sample weight that is not 0
   A weight[kRows];                    // of the label times that of the sample; 0 where not valid
   int64_t group[kRows], cell[kRows];  // -1: in no statistic, in no joint row
 
@@ -44,12 +43,12 @@ struct NarrowTile {
       if (kind[r] == LabelKind::kValid && (g < -1 || g >= in.G)) kind[r] = LabelKind::kInvalid;
       valid[r] = kind[r] == LabelKind::kValid ? -1 : 0;
       label[r] = valid[r] ? static_cast<Label>(y) : 0;
-      const A sample_weight = in.sample_weight ? in.sample_weight[i] : A(1);
-      in_loss[r] = sample_weight == A(0) ? 0 : valid[r];
-      weight[r] = in_loss[r] ? sample_weight * in.class_weight(label[r]) : A(0);
+      weight[r] = !valid[r] ? A(0) : in.class_weight(label[r]);
       group[r] = valid[r] ? g : -1;
       cell[r] = group[r] >= 0 && k < in.cells ? k : -1;
     }
+    for (int64_t r = 0; in.sample_weight && r < kRows; ++r)
+      if (valid[r]) weight[r] *= in.sample_weight[row(r)];
   }
   CLASSFAIR_INLINE int64_t row(int64_t r) const { return begin + std::min(r, count - 1); }
   CLASSFAIR_INLINE static Class column(int64_t c) { return static_cast<Label>(c) - Class{}; }
@@ -93,7 +92,6 @@ void narrow_forward_chunk(const Forward<T>& f, int64_t chunk) {
     const Tile tile(in, begin, end);
     const Vec<A>* const x = tile.logits;
     const typename Tile::Class label = Tile::lanes(tile.label), valid = Tile::lanes(tile.valid);
-    const typename Tile::Class in_loss = Tile::lanes(tile.in_loss);
     Vec<A> largest = splat(-std::numeric_limits<A>::infinity()), chosen = {};
     typename Tile::Class first = {};  // maximum
     for (int64_t c = 0; c < in.C; ++c) {
@@ -106,7 +104,9 @@ void narrow_forward_chunk(const Forward<T>& f, int64_t chunk) {
     const Vec<A> total = sum_classes<A>(in.C, [&](int64_t c) { return e[c] = exp(x[c] - largest); });
     const Vec<A> log_total = log(total);
     const Vec<A> zero = {}, loss = load(tile.weight) * (log_total - (chosen - largest));
-    store_some(f.loss + begin, in_loss ? loss : zero, tile.count);
+    store_some(f.loss + begin, valid ? loss : zero, tile.count);
+    for (int64_t i = begin; in.sample_weight && i < begin + tile.count; ++i)
+      if (in.sample_weight[i] == A(0)) f.loss[i] = A(0);  // as weighted_loss()
     A sum[kRows], high[kRows], low[kRows];
     store(sum, total), store(high, valid ? largest : zero), store(low, valid ? log_total : zero);
     double lse[kRows];
