@@ -7,9 +7,10 @@ import io
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import field, fields, make_dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
@@ -83,9 +84,8 @@ def entry() -> None:
 
 def train(argv: Sequence[str]) -> int:
     """``classfair train``: parse, check everything that can be checked, train, report."""
-    if missing := _missing(_TRAIN_EXTRA):
-        needs = 'needs the "train" extra: pip install "classfair[train]"'
-        return _fail(f"{needs} (missing: {', '.join(missing)})", ENVIRONMENT)
+    if missing := _missing(_TRAIN_EXTRA, find_spec):
+        return _needs("train", missing)
     from classfair import training
 
     try:
@@ -97,8 +97,9 @@ def train(argv: Sequence[str]) -> int:
     try:
         names = [f.name for f in fields(training.TrainConfig)]
         config = training.TrainConfig(**{name: getattr(options, name) for name in names})
-        if config.image_folder is not None and _missing(_VISION_EXTRA):
-            return _fail('image folders need the "vision" extra: pip install "classfair[vision]"', ENVIRONMENT)
+        extra, modules = ("vision", _VISION_EXTRA) if config.image_folder is not None else ("train", _TRAIN_EXTRA)
+        if missing := _missing(modules, import_module):
+            return _needs(extra, missing)
         device = training.resolve_device(config.device)
         if options.resume and options.output:
             raise ValueError("expected output to be left out with resume, which goes on in its own folder")
@@ -157,17 +158,25 @@ def _fail(message: object, code: int) -> int:
 
 
 _TRAIN_EXTRA = {"tyro": "tyro", "rich": "rich", "sklearn": "scikit-learn", "matplotlib": "matplotlib"}
-_VISION_EXTRA = {"torchvision": "torchvision"}
+_VISION_EXTRA = {**_TRAIN_EXTRA, "torchvision": "torchvision"}
 
 
-def _missing(modules: dict[str, str]) -> list[str]:
+def _missing(modules: dict[str, str], find: Callable[[str], object]) -> list[str]:
+    """Packages that are not there: ``find_spec`` looks for them, ``import_module`` knows, and takes seconds."""
     missing = []
     for module, package in modules.items():
         try:
-            import_module(module)
+            found = find(module)
         except ImportError:
+            found = None
+        if found is None:
             missing.append(package)
     return missing
+
+
+def _needs(extra: str, missing: list[str]) -> int:
+    needs = f'needs the "{extra}" extra: pip install "classfair[{extra}]"'
+    return _fail(f"{needs} (missing: {', '.join(missing)})", ENVIRONMENT)
 
 
 def _default_output(config: TrainConfig) -> str:

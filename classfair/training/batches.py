@@ -56,28 +56,6 @@ def derived_seed(purpose: Draw, *parts: int) -> int:
     return int(np.random.SeedSequence((purpose, *parts)).generate_state(1, np.uint64)[0])
 
 
-def load_data(config: TrainConfig, seed: int) -> Data:
-    """The data set that the configuration names."""
-    if config.image_folder is not None:
-        from classfair.training.image_folder import load_image_folder
-
-        return load_image_folder(config, config.image_folder, seed)
-    from classfair.training.digits import GROUP_NAMES, digits_long_tailed, in_groups
-
-    split, groups = digits_long_tailed(seed, config.imbalance), None
-    if config.has_groups:
-        split, *parts = in_groups(split, np.random.default_rng(derived_seed(Draw.GROUP, seed)))
-        groups = Groups(GROUP_NAMES, *parts)
-    return Data(
-        train=TensorBatches(split.train_x, split.train_y),
-        val=TensorBatches(split.test_x, split.test_y),
-        train_targets=split.train_y,
-        num_val=len(split.test_y),
-        class_names=[str(digit) for digit in range(10)],
-        groups=groups,
-    )
-
-
 class TrainingOrder(Sampler[Request]):
     """Requests of one process for one epoch, the same number on every process.
 

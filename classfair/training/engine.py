@@ -18,7 +18,7 @@ import classfair
 from classfair.losses import FeatureLoss
 from classfair.nn import WithFeatures, with_features
 from classfair.training import interruption
-from classfair.training.batches import Data, Draw, EvaluationOrder, TrainingOrder, derived_seed, load_data, loader
+from classfair.training.batches import Data, Draw, EvaluationOrder, TrainingOrder, derived_seed, loader
 from classfair.training.config import FEATURE_LOSSES, TrainConfig
 from classfair.training.distributed import Processes, local_device
 from classfair.training.group_measures import NEED_JOINT, penalty
@@ -33,6 +33,7 @@ from classfair.training.objective import (
     read_effective_frequency,
 )
 from classfair.training.run_folder import CHECKPOINT_VERSION, GROUPS_VERSION, RunFolder, newest_checkpoint
+from classfair.training.sources import load_data
 from classfair.training.totals import Epoch, RunResult, Totals
 
 IGNORED = -100

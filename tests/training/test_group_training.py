@@ -12,10 +12,11 @@ import classfair
 from classfair.cli import main
 from classfair.metrics._formulas import between_groups
 from classfair.training import Processes, TrainConfig, train
-from classfair.training.batches import Data, Groups, TensorBatches, load_data
+from classfair.training.batches import Data, Groups, TensorBatches
 from classfair.training.engine import Run
 from classfair.training.group_measures import PENALTIES, GroupTotals, measures, penalty
 from classfair.training.group_table import check_for_penalty, read_groups
+from classfair.training.sources import load_data
 from classfair.training.totals import Totals
 from tests.training.test_resume import assert_equal, interrupt
 from tests.training.test_torchrun import torchrun

@@ -17,11 +17,11 @@ from classfair.training import (
     summarise,
     train,
 )
-from classfair.training.batches import load_data
 from classfair.training.digits import digits_long_tailed, long_tailed_counts
 from classfair.training.engine import Run, fit
 from classfair.training.models import mlp
 from classfair.training.report import accuracy_chart
+from classfair.training.sources import load_data
 from classfair.training.totals import RunResult, Totals
 
 CPU = torch.device("cpu")
