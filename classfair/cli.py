@@ -126,12 +126,15 @@ def _train(options: Any, config: TrainConfig, device: Any, processes: Processes)
             training.check_resumable(config, training.saved_config(resume), processes.world)
         if processes.is_main:
             path = resume or Path(options.output or _default_output(config))
-            folder = training.RunFolder(path, resume=resume is not None)
+            folder = training.RunFolder(path, resume=resume is not None, unique=not (resume or options.output))
     except (OSError, ValueError) as error:
         return _fail(error, USAGE)
     try:
         with _progress(config, shown=processes.is_main and not options.no_progress) as on_epoch:
             results = training.train(config, folder, on_epoch, device=device, processes=processes, resume=resume)
+        if folder is not None:
+            training.print_results(results, config, folder.path, as_json=options.json)
+            sys.stdout.flush()
     except KeyboardInterrupt:
         return _fail(_interrupted(folder, len(config.loss) * config.seeds), INTERRUPTED)
     except training.MissingPackageError as error:
@@ -140,8 +143,6 @@ def _train(options: Any, config: TrainConfig, device: Any, processes: Processes)
         return _fail(error, USAGE)
     except (FloatingPointError, OSError, training.BadImageError) as error:
         return _fail(error, FAILURE)
-    if folder is not None:
-        training.print_results(results, config, folder.path, as_json=options.json)
     return OK
 
 

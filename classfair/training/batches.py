@@ -17,6 +17,7 @@ from classfair.data import ClassBalancedSampler, UnpaddedDistributedSampler
 from classfair.training.config import TrainConfig
 from classfair.training.distributed import Processes
 from classfair.training.group_table import Groups
+from classfair.training.image_list import ImageList
 
 #: What a batch is asked for with: the epoch, and the indices of its images.
 Request = tuple[int, list[int]]
@@ -32,6 +33,7 @@ class Data:
     num_val: int
     class_names: list[str]
     groups: Groups | None = None
+    images: ImageList | None = None  # of a folder
 
 
 class TensorBatches(Dataset[Any]):

@@ -32,7 +32,8 @@ from classfair.training.objective import (
     build_schedules,
     read_effective_frequency,
 )
-from classfair.training.run_folder import CHECKPOINT_VERSION, GROUPS_VERSION, RunFolder, newest_checkpoint
+from classfair.training.run_folder import CHECKPOINT_VERSION, RunFolder
+from classfair.training.saved import check_same_images, check_state, newest_checkpoint
 from classfair.training.sources import load_data
 from classfair.training.totals import Epoch, RunResult, Totals
 
@@ -117,7 +118,7 @@ class Run:
         self.criterion.train()
         # Dropout differs between processes; the generator of workers is fixed because images seed themselves.
         torch.manual_seed(derived_seed(Draw.DROPOUT, self.seed, self.epoch, self.processes.rank))
-        totals = self._totals(joint=False)
+        totals = self.totals(joint=False)
         order = TrainingOrder(self.data.train_targets, self.config, self.seed, self.epoch, self.processes)
         groups = None if self.data.groups is None else self.data.groups.train
         batches = self._batches(self.data.train, order, groups)
@@ -129,7 +130,7 @@ class Run:
             self._step(window, totals)
         return self._merged(totals, "training")
 
-    def _totals(self, *, joint: bool) -> Totals:
+    def totals(self, *, joint: bool) -> Totals:
         named = len(self.group_names)
         return Totals(len(self.data.class_names), self.device, self.num_groups, joint=joint, named=named)
 
@@ -182,7 +183,7 @@ class Run:
         self.processes.broadcast_(self.model.buffers())
         self.model.eval()
         self.criterion.eval()
-        totals = self._totals(joint=True)
+        totals = self.totals(joint=True)
         joint = "group_joint" in totals.state_dict()
         order = EvaluationOrder(self.data.num_val, self.config.val_batch_size, self.processes)
         groups = None if self.data.groups is None else self.data.groups.val
@@ -260,7 +261,7 @@ class Run:
             self.group_names,
         )
 
-    def _parts(self) -> dict[str, Any]:
+    def parts(self) -> dict[str, Any]:
         parts = {"model": self.model, "criterion": self.criterion, "optimizer": self.optimizer}
         parts |= {"lr_schedule": self.lr_schedule, "scaler": self.scaler}
         return parts | {f"schedule{i}": schedule for i, schedule in enumerate(self.schedules)}
@@ -270,26 +271,28 @@ class Run:
         assert self.train is not None
         assert self.val is not None
         return {
-            "format_version": GROUPS_VERSION if self.group_names else CHECKPOINT_VERSION,
+            "format_version": CHECKPOINT_VERSION,
             "loss": self.loss,
             "seed": self.seed,
             "epoch": self.epoch,
             "config": self.config.as_dict(),
             "class_names": self.data.class_names,
             **group_state(self.data.groups),
+            **({} if self.data.images is None else {"images": self.data.images.digests}),
             "train_loss": self.train_loss,
             "train": self.train.state_dict(),
             "val": self.val.state_dict(),
-            **{name: part.state_dict() for name, part in self._parts().items()},
+            **{name: part.state_dict() for name, part in self.parts().items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where a checkpoint stands; ValueError if it is that of another job."""
-        if state["class_names"] != self.data.class_names:
+        if state.get("class_names") != self.data.class_names:
             raise ValueError("expected a checkpoint with the classes of the data, got other classes")
         check_same_groups(self.data.groups, state)
+        check_state(self, state)
         try:
-            for name, part in self._parts().items():
+            for name, part in self.parts().items():
                 part.load_state_dict(state[name])
         except (RuntimeError, KeyError, ValueError) as error:
             reason = str(error).splitlines()[0]
@@ -320,6 +323,8 @@ def run_all(
     with _own_random_state(device):
         for seed in range(config.seed, config.seed + config.seeds):
             data = load_data(config, seed)
+            if folder is not None and data.images is not None:
+                folder.keep_images(data.images)
             for loss in config.loss:
                 # One run at a time: models of two would take twice the memory.
                 results.append(fit(prepare(loss, seed, data, config, device, processes, resume), folder, on_epoch))
@@ -337,8 +342,9 @@ def prepare(
 ) -> Run:
     """A new run, or one that stands where its newest checkpoint does."""
     state = None if resume is None else newest_checkpoint(resume, loss, seed)
-    if state is None:
+    if resume is None or state is None:
         return Run(loss, seed, data, config, device, processes)
+    check_same_images(data.images, state, resume)
     # What the checkpoint replaces need not be there any more.
     run = Run(loss, seed, data, replace(config, weights="", effective_frequency=""), device, processes)
     run.config = config
@@ -350,7 +356,8 @@ def fit(run: Run, folder: RunFolder | None, on_epoch: Callable[[Epoch], None]) -
     """Train until the last epoch, with a checkpoint every ``save_every`` epochs and at the end."""
     name = f"{run.loss}-seed{run.seed}"
     if folder is not None:
-        folder.begin(name, run.epoch, finished=run.epoch == run.config.epochs)
+        classes, finished = len(run.data.class_names), run.epoch == run.config.epochs
+        folder.begin(name, run.epoch, classes, run.group_names, finished=finished)
     while run.epoch < run.config.epochs:
         now = run.next_epoch()
         last = run.epoch == run.config.epochs

@@ -105,7 +105,7 @@ def test_chart_is_a_png_with_something_on_it(tiny):
 
 def test_checkpoint_loads_safely(tiny):
     checkpoint = torch.load(tiny / "checkpoints" / "la-seed1.pt", weights_only=True)
-    assert checkpoint["format_version"] == 2
+    assert checkpoint["format_version"] == 4
     assert checkpoint["epoch"] == checkpoint["config"]["epochs"] == 2
     assert checkpoint["model"]["0.weight"].shape == (64, 64)
     assert checkpoint["criterion"]["offset"].shape == (10,)

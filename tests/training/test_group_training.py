@@ -273,7 +273,7 @@ def test_resumed_is_uninterrupted(job, tmp_path, monkeypatch, capsys):
     for name in ("metrics.json", "statistics/ce-seed0.csv", "statistics/ce-seed0-groups.csv"):
         assert (path / name).read_bytes() == (job / name).read_bytes()
     states = [torch.load(p / "checkpoints" / "ce-seed0.pt", weights_only=True) for p in (path, job)]
-    assert states[0]["format_version"] == 3
+    assert states[0]["format_version"] == 4
     assert_equal(*states)
 
 
@@ -434,6 +434,6 @@ def test_a_checkpoint_without_groups_names_none():
     run = Run("ce", 0, load_data(config, 0), config, CPU, Processes())
     run.next_epoch()
     state = run.state_dict()
-    assert state["format_version"] == 2
+    assert state["format_version"] == 4
     assert not any(key.startswith("group") for key in state)
     run.load_state_dict(state)

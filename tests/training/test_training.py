@@ -208,6 +208,7 @@ def test_device():
 def test_write_is_all_or_nothing(tmp_path, monkeypatch):
     folder = RunFolder(tmp_path / "run")
     folder.write("a", b"old")
+    before = sorted(folder.path.iterdir())
 
     def full_disk(descriptor):
         raise OSError(28, "No space left on device")
@@ -215,7 +216,7 @@ def test_write_is_all_or_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OSError, match="No space left"):
         folder.write("a", b"new and longer")
-    assert [path.name for path in folder.path.iterdir()] == ["a"]
+    assert sorted(folder.path.iterdir()) == before
     assert (folder.path / "a").read_bytes() == b"old"
 
 
