@@ -118,7 +118,7 @@ class Run:
         self.criterion.train()
         # Dropout differs between processes; the generator of workers is fixed because images seed themselves.
         torch.manual_seed(derived_seed(Draw.DROPOUT, self.seed, self.epoch, self.processes.rank))
-        totals = self.totals(joint=False)
+        totals = self._totals(joint=False)
         order = TrainingOrder(self.data.train_targets, self.config, self.seed, self.epoch, self.processes)
         groups = None if self.data.groups is None else self.data.groups.train
         batches = self._batches(self.data.train, order, groups)
@@ -130,7 +130,7 @@ class Run:
             self._step(window, totals)
         return self._merged(totals, "training")
 
-    def totals(self, *, joint: bool) -> Totals:
+    def _totals(self, *, joint: bool) -> Totals:
         named = len(self.group_names)
         return Totals(len(self.data.class_names), self.device, self.num_groups, joint=joint, named=named)
 
@@ -183,7 +183,7 @@ class Run:
         self.processes.broadcast_(self.model.buffers())
         self.model.eval()
         self.criterion.eval()
-        totals = self.totals(joint=True)
+        totals = self._totals(joint=True)
         joint = "group_joint" in totals.state_dict()
         order = EvaluationOrder(self.data.num_val, self.config.val_batch_size, self.processes)
         groups = None if self.data.groups is None else self.data.groups.val
@@ -261,7 +261,7 @@ class Run:
             self.group_names,
         )
 
-    def parts(self) -> dict[str, Any]:
+    def _parts(self) -> dict[str, Any]:
         parts = {"model": self.model, "criterion": self.criterion, "optimizer": self.optimizer}
         parts |= {"lr_schedule": self.lr_schedule, "scaler": self.scaler}
         return parts | {f"schedule{i}": schedule for i, schedule in enumerate(self.schedules)}
@@ -282,7 +282,7 @@ class Run:
             "train_loss": self.train_loss,
             "train": self.train.state_dict(),
             "val": self.val.state_dict(),
-            **{name: part.state_dict() for name, part in self.parts().items()},
+            **{name: part.state_dict() for name, part in self._parts().items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -290,9 +290,10 @@ class Run:
         if state.get("class_names") != self.data.class_names:
             raise ValueError("expected a checkpoint with the classes of the data, got other classes")
         check_same_groups(self.data.groups, state)
-        check_state(self, state)
+        tables = {"train": self._totals(joint=False), "val": self._totals(joint=True)}
+        check_state(state, self.config, self._parts(), tables)
         try:
-            for name, part in self.parts().items():
+            for name, part in self._parts().items():
                 part.load_state_dict(state[name])
         except (RuntimeError, KeyError, ValueError) as error:
             reason = str(error).splitlines()[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -21,9 +21,7 @@ from classfair.training.run_folder import (
     checkpoint_files,
 )
 from classfair.training.schema import CheckpointError, Number, check, check_regular, read_json, schema_of, short
-
-if TYPE_CHECKING:
-    from classfair.training.engine import Run
+from classfair.training.totals import Totals
 
 
 def saved_config(path: Path) -> dict[str, Any]:
@@ -123,13 +121,20 @@ def _read_checkpoint(file: Path) -> dict[str, Any] | None:
     return state if isinstance(state, dict) else None
 
 
-def check_state(run: Run, state: dict[str, Any]) -> None:
-    """CheckpointError unless a checkpoint has the types, shapes and numbers of what the run would write there."""
+def check_state(state: dict[str, Any], config: TrainConfig, like: dict[str, Any], totals: dict[str, Totals]) -> None:
+    """CheckpointError unless a checkpoint has the types, shapes and numbers that a run would write there.
+
+    Args:
+        state: content of the checkpoint.
+        config: the options of the job.
+        like: model, optimizer and the like of the run, which have a ``state_dict``.
+        totals: of training and validation images, as the run makes them.
+    """
     where = "the checkpoint"
-    parts = {name: schema_of(part.state_dict()) for name, part in run.parts().items()}
+    parts = {name: schema_of(part.state_dict()) for name, part in like.items()}
     parts |= {"model": {str: Tensor}, "criterion": {str: object}}  # which load_state_dict compares
     parts["optimizer"]["state"] = {int: {str: object}}
-    tables = {side: schema_of(run.totals(joint=side == "val").state_dict()) for side in ("train", "val")}
+    tables = {side: schema_of(empty.state_dict()) for side, empty in totals.items()}
     check(
         state,
         {
@@ -142,8 +147,8 @@ def check_state(run: Run, state: dict[str, Any]) -> None:
         },
         where,
     )
-    _check_same_options(run.config, _options(_known(state["config"]), where), where)
-    epoch, epochs = state["epoch"], run.config.epochs
+    _check_same_options(config, _options(_known(state["config"]), where), where)
+    epoch, epochs = state["epoch"], config.epochs
     if not 1 <= epoch <= epochs:
         raise CheckpointError(f"expected epoch from 1 to {epochs} in {where}, got {epoch}")
     done = state["lr_schedule"]["last_epoch"]
@@ -155,15 +160,15 @@ def check_state(run: Run, state: dict[str, Any]) -> None:
         count, correct, _ = state[side]["counts"]
         if (state[side]["counts"] < 0).any() or (correct > count).any():
             raise CheckpointError(f"expected counts of images as {side} of {where}, got impossible ones")
-    _check_optimizer(run, state["optimizer"], where)
+    _check_optimizer(like["optimizer"], state["optimizer"], where)
 
 
 def _known(config: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name in get_type_hints(TrainConfig)}
 
 
-def _check_optimizer(run: Run, state: dict[str, Any], where: str) -> None:
-    parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
+def _check_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], where: str) -> None:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for i, buffers in state["state"].items():
         if not 0 <= i < len(parameters):
             raise CheckpointError(f"expected {len(parameters)} parameters in the optimizer of {where}, got number {i}")
