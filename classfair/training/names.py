@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import sys
 import unicodedata
 
@@ -45,3 +47,10 @@ def markup(name: str) -> str:
 def say(message: object) -> None:
     """One line on stderr, whatever the names in it."""
     print(f"classfair train: {printable(message)}", file=sys.stderr)
+
+
+@functools.cache
+def say_once(message: str) -> None:
+    """Once, however many runs and processes come to it."""
+    if os.environ.get("RANK", "0") == "0":  # of torchrun
+        say(message)
