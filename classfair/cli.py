@@ -126,6 +126,7 @@ def _train(options: Any, config: TrainConfig, device: Any, processes: Processes)
             training.check_resumable(config, training.saved_config(resume), processes.world)
         if processes.is_main:
             path = resume or Path(options.output or _default_output(config))
+            training.check_output(config, path)
             folder = training.RunFolder(path, resume=resume is not None, unique=not (resume or options.output))
     except (OSError, ValueError) as error:
         return _fail(error, USAGE)
@@ -141,7 +142,7 @@ def _train(options: Any, config: TrainConfig, device: Any, processes: Processes)
         return _fail(error, ENVIRONMENT)
     except ValueError as error:
         return _fail(error, USAGE)
-    except (FloatingPointError, OSError, training.BadImageError) as error:
+    except (FloatingPointError, OSError, training.BadImageError, training.ResourceError) as error:
         return _fail(error, FAILURE)
     return OK
 

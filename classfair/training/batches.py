@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -140,6 +141,28 @@ def loader(
         pin_memory=device.type == "cuda",
         generator=torch.Generator().manual_seed(0),  # unused, but else drawn from the global random state
     )
+
+
+class ResourceError(RuntimeError):
+    """Something that the machine has too little of: memory, processes."""
+
+
+@contextlib.contextmanager
+def resource_errors() -> Iterator[None]:
+    """ResourceError in one sentence where a loader's process dies, at any moment, or memory is out."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        reason = lines[-1] if "Original Traceback" in str(error) else lines[0]
+        if "DataLoader worker" in str(error):
+            hint = "out of memory, or killed; fewer --workers need less"
+            raise ResourceError(
+                f"expected the processes that load images to live, one ended ({reason}): {hint}"
+            ) from None
+        if isinstance(error, torch.OutOfMemoryError | MemoryError):
+            raise ResourceError(f"expected memory enough ({reason}): a smaller --batch-size needs less") from None
+        raise
 
 
 def _leave_interrupts_to_the_main_process(worker: int) -> None:

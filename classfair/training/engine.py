@@ -18,13 +18,22 @@ import classfair
 from classfair.losses import FeatureLoss
 from classfair.nn import WithFeatures, with_features
 from classfair.training import interruption
-from classfair.training.batches import Data, Draw, EvaluationOrder, TrainingOrder, derived_seed, loader
+from classfair.training.batches import (
+    Data,
+    Draw,
+    EvaluationOrder,
+    TrainingOrder,
+    derived_seed,
+    loader,
+    resource_errors,
+)
 from classfair.training.config import FEATURE_LOSSES, TrainConfig
 from classfair.training.distributed import Processes, local_device
 from classfair.training.group_measures import NEED_JOINT, penalty
 from classfair.training.group_table import NO_GROUP, check_same_groups, group_state
 from classfair.training.image_folder import BadImageError
 from classfair.training.models import build_model
+from classfair.training.names import say
 from classfair.training.objective import (
     build_criterion,
     build_lr_schedule,
@@ -187,14 +196,19 @@ class Run:
         joint = "group_joint" in totals.state_dict()
         order = EvaluationOrder(self.data.num_val, self.config.val_batch_size, self.processes)
         groups = None if self.data.groups is None else self.data.groups.val
-        for batch in self._batches(self.data.val, order, groups):
-            loss, stats = self._loss(self.model, *batch, joint=joint)
-            totals.add(loss, stats.count.sum(), stats)
+        lost = torch.zeros((), dtype=torch.int64, device=self.device)
+        for images, target, group in self._batches(self.data.val, order, groups):
+            loss, stats = self._loss(self.model, images, target, group, joint=joint)
+            every = _count(stats, target, group)
+            lost += (every - stats.count).sum()
+            totals.add(loss, every.sum(), replace(stats, count=every))  # without finite logits: a wrong prediction
+        if (number := int(self.processes.sum_(lost))) and self.processes.is_main:
+            say(f"{self.loss} seed {self.seed}, epoch {self.epoch}: {number} validation images without finite logits")
         return self._merged(totals, "validation")
 
     def _merged(self, totals: Totals, part: str) -> Totals:
         totals.merge(self.processes)
-        if not totals.counts[0].any():
+        if not totals.counts[0].any() and totals.loss.isfinite().all():
             raise BadImageError(f"expected {part} images that can be read, got none")
         return totals
 
@@ -238,6 +252,10 @@ class Run:
         if not math.isfinite(train_loss):
             raise FloatingPointError(
                 f"expected finite {self.loss} loss, got {train_loss} in epoch {self.epoch + 1}: try a smaller lr"
+            )
+        if not torch.stack([p.isfinite().all() for p in self.model.parameters()]).all():
+            raise FloatingPointError(
+                f"expected finite weights after epoch {self.epoch + 1} of {self.loss}, got nan or inf: try a smaller lr"
             )
         for schedule in (self.lr_schedule, *self.schedules):
             schedule.step()
@@ -304,6 +322,15 @@ class Run:
         self.train, self.val = Totals.from_state(state["train"]), Totals.from_state(state["val"])
 
 
+def _count(stats: classfair.BatchStats, target: Tensor, group: Tensor | None) -> Tensor:
+    """(G, C) images of a batch that are not ignored, with those that statistics leave out."""
+    groups, classes = stats.count.shape
+    counted = target != IGNORED
+    cell = torch.where(counted, target if group is None else group * classes + target, 0)
+    count = torch.zeros(groups * classes, dtype=torch.int64, device=target.device)
+    return count.scatter_add_(0, cell, counted.long()).view(groups, classes)
+
+
 def _ignored(target: Any) -> Any:
     """The same target, counting for nothing."""
     if isinstance(target, Tensor):
@@ -321,7 +348,7 @@ def run_all(
 ) -> list[RunResult]:
     """Train every loss with every seed. Only the main process has a folder; all read ``resume``."""
     results = []
-    with _own_random_state(device):
+    with _own_random_state(device), resource_errors():
         for seed in range(config.seed, config.seed + config.seeds):
             data = load_data(config, seed)
             if folder is not None and data.images is not None:

@@ -86,6 +86,15 @@ def image_folders(config: TrainConfig, folder: Path) -> tuple[Path, Path]:
     return (folder, Path(config.val_dir)) if config.val_dir else (folder / "train", folder / "val")
 
 
+def check_output(config: TrainConfig, output: Path) -> None:
+    """ValueError for a run folder among the folders of classes, where it would be one."""
+    for folder in () if config.image_folder is None else image_folders(config, config.image_folder):
+        if output.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(
+                f"expected output outside of the folders of classes, got {output} in {folder}: name one with --output"
+            )
+
+
 def load_image_folder(config: TrainConfig, folder: Path, seed: int) -> Data:
     """Training and validation images of a folder; ValueError about what is missing."""
     train_dir, val_dir = image_folders(config, folder)

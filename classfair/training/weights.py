@@ -148,7 +148,7 @@ def _resized(model: nn.Module, state: State, source: str) -> State:
         wanted = model.state_dict().get(POSITIONS)
         if wanted is None or POSITIONS not in state or state[POSITIONS].shape == wanted.shape:
             return state
-        from timm.layers import resample_abs_pos_embed
+        from timm.layers.pos_embed import resample_abs_pos_embed
 
         side = math.isqrt(wanted.shape[1] - 1)
         return {**state, POSITIONS: resample_abs_pos_embed(state[POSITIONS], [side, side])}

@@ -456,6 +456,42 @@ def test_a_list_of_images_that_is_damaged_is_named(stopped, copy, capsys):
         assert "began with, got others: expected" in one_line(capsys)
 
 
+@pytest.mark.parametrize("output", [None, "runs/1", "one"])
+def test_a_run_folder_among_the_classes_is_refused(output, copy, capsys, monkeypatch):
+    """It would be a class, or a class a run folder."""
+    monkeypatch.chdir(copy / "train")
+    flags = ["--output", output] if output else []
+    assert main(["train", "--data", "imagefolder:.", "--split", "0.34", "--no-progress", *flags]) == 2
+    assert "expected output outside of the folders of classes, got " in one_line(capsys)
+    assert sorted(path.name for path in copy.joinpath("train").iterdir()) == CLASSES
+
+
+def test_a_run_folder_beside_train_and_val_is_welcome(copy, monkeypatch):
+    monkeypatch.chdir(copy)
+    assert train(".", "runs/1", "--epochs", 1) == 0
+
+
+def test_a_loading_process_that_dies_is_one_sentence(folder, tmp_path, capsys, monkeypatch):
+    def die(samples):
+        os.kill(os.getpid(), 9)
+
+    monkeypatch.setattr("classfair.training.image_folder.default_collate", die)
+    assert train(folder, tmp_path / "run", "--epochs", 1, "-j", 2) == 1
+    assert "expected the processes that load images to live, one ended (DataLoader worker" in one_line(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loading_process_out_of_memory_is_one_sentence(folder, tmp_path, capsys, monkeypatch):
+    def no_memory(samples):
+        raise MemoryError
+
+    monkeypatch.setattr("classfair.training.image_folder.default_collate", no_memory)
+    assert train(folder, tmp_path / "run", "--epochs", 1, "-j", 1) == 1
+    assert "one ended (MemoryError)" in one_line(capsys)
+    assert train(folder, tmp_path / "run", "--epochs", 1, "-j", 0) == 1
+    assert "expected memory enough (MemoryError)" in one_line(capsys)
+
+
 def test_a_full_disk_keeps_the_last_checkpoint(folder, tmp_path, capsys, monkeypatch):
     """The quota is reached while the third checkpoint is written."""
     fsync, calls = os.fsync, []
