@@ -14,6 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
+from classfair._names import printable, say
+
 if TYPE_CHECKING:
     from classfair.training import Epoch, Processes, RunFolder, TrainConfig
 
@@ -70,12 +72,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         from classfair.doctor import main as doctor_main
 
         return doctor_main(arguments[1:])
-    print(f"classfair: expected a command (train, doctor), got {command}", file=sys.stderr)
+    print(f"classfair: expected a command (train, doctor), got {printable(command)}", file=sys.stderr)
     return USAGE
 
 
 def entry() -> None:
     """The console script."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names that the encoding of a terminal lacks
+            stream.reconfigure(errors="backslashreplace")
     try:
         sys.exit(main())
     except KeyboardInterrupt:  # before there is anything to keep
@@ -155,7 +160,7 @@ def _interrupted(folder: RunFolder | None, runs: int) -> str:
 
 
 def _fail(message: object, code: int) -> int:
-    print(f"classfair train: {message}", file=sys.stderr)
+    say(message)
     return code
 
 

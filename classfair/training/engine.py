@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
 import classfair
+from classfair._names import say
 from classfair.losses import FeatureLoss
 from classfair.nn import WithFeatures, with_features
 from classfair.training import interruption
@@ -33,7 +34,6 @@ from classfair.training.group_measures import NEED_JOINT, penalty
 from classfair.training.group_table import NO_GROUP, check_same_groups, group_state
 from classfair.training.image_folder import BadImageError
 from classfair.training.models import build_model
-from classfair.training.names import say
 from classfair.training.objective import (
     build_criterion,
     build_lr_schedule,

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
+from classfair._names import printable, say
 from classfair.data import MixedTargetCollate
 from classfair.training.batches import Data, Draw, Request, derived_seed
 from classfair.training.config import TrainConfig
 from classfair.training.group_table import check_for_penalty, read_groups
 from classfair.training.image_list import ImageList
-from classfair.training.names import printable, say
 from classfair.training.pixels import read_image
 from classfair.training.scan import Sample, Scan, left_out_line
 
@@ -118,7 +118,8 @@ def load_image_folder(config: TrainConfig, folder: Path, seed: int) -> Data:
     groups = None
     if config.groups:
         paths = [[path for path, _ in part] for part in (train, val)]
-        groups = read_groups(Path(config.groups), config.group_column, folder, *paths)
+        blank = config.missing_groups == "blank"
+        groups = read_groups(Path(config.groups), config.group_column, folder, *paths, missing_is_blank=blank)
         if config.fairness != "none":
             check_for_penalty(groups)
     collate = MixedTargetCollate(_mix(config)) if config.mixup or config.cutmix else default_collate

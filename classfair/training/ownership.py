@@ -10,7 +10,7 @@ import re
 import socket
 from pathlib import Path
 
-from classfair.training.names import say
+from classfair._names import say
 
 LOCK = ".lock"
 UNFINISHED = re.compile(r"\.classfair-tmp-(\d+)-([0-9a-f]{8})-.+")

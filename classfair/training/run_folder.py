@@ -20,8 +20,8 @@ from typing import Any, BinaryIO, cast
 
 import torch
 
+from classfair._names import cell, printable, say
 from classfair.training.image_list import ImageList
-from classfair.training.names import cell, say
 from classfair.training.ownership import LOCK, Lock, remove_unfinished, unfinished_name
 from classfair.training.totals import CLASS_COLUMNS, Epoch
 
@@ -225,7 +225,7 @@ class RunFolder:
     def _log_scalars(self, name: str, now: Epoch) -> None:
         if self._board is not None:
             for key, value in now.summary().items():
-                self._board.add_scalar(f"{name}/{key}", value, now.epoch)
+                self._board.add_scalar(f"{name}/{printable(key)}", value, now.epoch)
 
     @cached_property
     def _board(self) -> Any:
@@ -234,7 +234,11 @@ class RunFolder:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             return None
-        board = SummaryWriter(str(self.path / "tensorboard"))
+        try:
+            board = SummaryWriter(str(self.path / "tensorboard"))
+        except UnicodeEncodeError:  # a path that is not of the locale's encoding
+            say(f"no TensorBoard: it cannot write to {self.path}")
+            return None
         self._written += (self.path / "tensorboard").iterdir()
         self._created.insert(0, self.path / "tensorboard")
         return board

@@ -9,9 +9,9 @@ from typing import Any, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor
 
+from classfair._names import say
 from classfair.training.config import CHANGEABLE, TrainConfig, defaults
 from classfair.training.image_list import SIDES, ImageList, changes, paths_of
-from classfair.training.names import say
 from classfair.training.report import CONFIG_VERSION
 from classfair.training.run_folder import (
     CHECKPOINT_VERSION,

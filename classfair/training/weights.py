@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from classfair._names import say_once
 from classfair.nn import _find_head
-from classfair.training.names import say_once
 from classfair.training.schema import CheckpointError, check_regular
 
 State = dict[str, Tensor]

@@ -15,8 +15,9 @@ timm = pytest.importorskip("timm", reason="the small models are timm's")
 
 import torchvision  # noqa: E402
 
+from classfair import _names as names  # noqa: E402
 from classfair.nn import CosineLinear, replace_head  # noqa: E402
-from classfair.training import TrainConfig, names  # noqa: E402
+from classfair.training import TrainConfig  # noqa: E402
 from classfair.training.models import build_model  # noqa: E402
 from classfair.training.weights import _safe_types, fit_weights, load_weights  # noqa: E402
 

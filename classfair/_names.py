@@ -28,16 +28,26 @@ def cell(name: str) -> str:
 
     >>> cell("=HYPERLINK(...)")
     "'=HYPERLINK(...)"
+    >>> cell("-1")
+    '-1'
     """
     text = printable(name)
-    return f"'{text}" if name.startswith(FORMULA) else text
+    return f"'{text}" if name.startswith(FORMULA) and not _is_number(name) else text
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def markup(name: str) -> str:
-    """The name within rich's markup.
+    r"""The name within rich's markup.
 
     >>> markup("[red]cat[/]")
-    '\\\\[red]cat\\\\[/]'
+    '\\[red]cat\\[/]'
     """
     from rich.markup import escape
 
