@@ -289,7 +289,7 @@ def softmax_loss(
     options = Options(reduction, backend, *(penalty or ()))
     out = _apply(*t, *s, key, num_cells, *options)
     if not s.stats:
-        return SoftmaxLoss(*out)
+        return SoftmaxLoss(*out[:3])
     end = 2 + num_sums(t)
     joint = out[4] if t.cell is not None else out[2].new_empty(0, 0)
     total_weight, lse_raw, prediction, counts = out[end : end + 4]
