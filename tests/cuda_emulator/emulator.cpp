@@ -306,7 +306,6 @@ Memory* find(uintptr_t address, uint64_t bytes) {
   Emulator& e = emulator();
   Memory*& recent = e.recent[address >> 9 & 255];
   if (recent && recent->contains(address, bytes)) return recent;
-  const std::lock_guard<std::mutex> lock(heap().mutex);
   Memory* const found = heap().below(address);
   if (found && found->contains(address, bytes)) return recent = found;
   std::ostringstream text;

@@ -56,6 +56,7 @@ struct Heap {
 
   // Nearest block at or below an address, null where there is none.
   Memory* below(uintptr_t address) {
+    const std::lock_guard<std::mutex> lock(mutex);
     auto after = blocks.upper_bound(address);
     return after == blocks.begin() ? nullptr : &std::prev(after)->second;
   }
