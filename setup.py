@@ -71,7 +71,7 @@ def cpu_extension(nvcc: str | None):
 
     return CppExtension(
         "classfair._C",
-        sources("csrc/*.cpp", "csrc/cpu/*.cpp"),
+        sources("csrc/*.cpp", "csrc/cpu/**/*.cpp"),
         # First, because the pybind11 inside torch refuses to compile under the stable ABI.
         include_dirs=[pybind11.get_include(), str(ROOT / "csrc")],
         extra_compile_args={"cxx": [*cpp_flags(), *build_facts(nvcc), "-ffp-contract=fast"]},

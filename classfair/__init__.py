@@ -1,5 +1,8 @@
 """Class-fair losses and statistics for image classifiers, at the price of plain cross-entropy."""
 
+from importlib import import_module as _import_module
+from types import ModuleType as _ModuleType
+
 from classfair import backends as _backends
 from classfair import data as data
 from classfair import nn as nn
@@ -86,3 +89,10 @@ __all__ = [
 
 _backends.load_compiled()
 _backends.discover()
+
+
+def __getattr__(name: str) -> _ModuleType:
+    """``classfair.metrics``, imported when it is first asked for."""
+    if name == "metrics":
+        return _import_module("classfair.metrics")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -65,7 +65,7 @@ def demographic_parity_loss(
     ``"l2"`` is :math:`\sum_{a,g} (p(a|g) - p(a))^2` (eq. 3), ``"mi"`` the mutual information of prediction and group in
     nats, :math:`\sum_{a,g} p(a,g) \log \frac{p(a,g)}{p(a)\,p(g)}` (eq. 4). Where labels depend on the group, a perfect
     classifier does not score 0, and a strong penalty costs accuracy.
-    Source: Hänel et al. 2022, section 3.1.
+    Source: Hänel et al. 2022, eq. 1 to 4.
 
     Args:
         stats: of ``with_stats(..., group=, num_groups=G)`` with hard labels. Their ``mass`` and ``count`` are used.
@@ -118,7 +118,7 @@ def equalized_odds_loss(
     all samples of label b: ``"l2"`` is :math:`\sum_{a,b,g} (p(a|b,g) - p(a|b))^2` (eq. 6), ``"mi"`` is
     :math:`\sum_b I(a; g \mid b)` in nats (eq. 7). A perfect classifier scores exactly 0. Labels that the batch has in
     one group only contribute exactly 0.
-    Source: Hänel et al. 2022, section 3.2.
+    Source: Hänel et al. 2022, eq. 5 to 7.
 
     Args:
         stats: of ``with_stats(..., group=, num_groups=G, joint=True)`` with hard labels, or on one process of
@@ -186,7 +186,7 @@ def iou_loss(
     :math:`\sum_g (\mathrm{IoU}_g - \mathrm{IoU})^2` (eq. 8 to 12). A perfect classifier scores exactly 0; so does
     one that says the same of everything where the groups have the same labels, which is why it is a penalty and not a
     loss of its own.
-    Source: Hänel et al. 2022, section 3.3.
+    Source: Hänel et al. 2022, eq. 8 to 12.
 
     Args:
         stats: of ``with_stats(..., group=, num_groups=G)`` with hard labels. Their ``mass``, ``hit`` and ``count`` are

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from classfair import _validate as check
 from classfair import backends
-from classfair.ops.softmax_loss import Cells, Penalty, SoftmaxLoss, reduce_rows, softmax_loss
+from classfair._schema import SoftmaxLoss
+from classfair.ops import Cells, Penalty
+from classfair.ops.softmax_loss import reduce_rows, softmax_loss
 from classfair.pair import PairTerms
 from classfair.targets import MixedTarget, flat_mixture, major_first
 

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from classfair import _validate as check
+from classfair._schema import SoftmaxLoss
 from classfair.fairness import along, compares_groups
 from classfair.functional import Problem, carries, prepare, run
 from classfair.ops.label_index import Cells, contested_cells, label_index
-from classfair.ops.softmax_loss import STATS_DIFFERENTIABLE, STATS_VALUES, SoftmaxLoss
+from classfair.ops.softmax_loss import STATS_DIFFERENTIABLE, STATS_VALUES
 from classfair.pair import PairTerms
 from classfair.statistics import BatchStats, JointRows
 from classfair.targets import MixedTarget, major_label
@@ -47,8 +48,8 @@ def cross_entropy_with_stats(
     The statistics use the softmax of the unperturbed ``logits``, those the model predicts with.
 
     Args:
-        logits, target, offset, margin, pair, weight, sample_weight, label_smoothing, gamma, ignore_index, reduction, backend: as
-            in :func:`cross_entropy`.
+        logits, target, offset, margin, pair, weight, sample_weight, label_smoothing, gamma, ignore_index, reduction,
+            backend: as in :func:`cross_entropy`.
         group: int64 of the shape of hard labels, in [0, num_groups), or -1: in the loss, in no statistic. Needs
             ``num_groups``.
         num_groups: G, the number of groups; 1 without ``group``.

@@ -9,8 +9,6 @@ from torch import Tensor
 from classfair import _validate as check
 from classfair import backends, ops
 
-#: Distances of class means below this share of their mean count as this share: the margin stays below 6 ln 10.
-NEAREST = 1e-6
 #: Distances of one block of rows: 16 MB in float32.
 BLOCK_NUMBERS = 1 << 22
 
@@ -247,10 +245,7 @@ def distance_margin(
     if mean_distance is None:
         mean_distance = mean_class_distance(mean, seen=seen, backend=backend)
     check.check_floats(name, "mean_distance", mean_distance, ())
-    average = mean_distance.to(mean.dtype)
     label, count = _labels(index, mean)
     square = ops.pair_terms(mean, None, label, count, want_square=True, backend=backend).square
     assert square is not None
-    margin = average.log() - 0.5 * square.clamp_min((NEAREST * average).square()).log()
-    defined = (square > 0) & (seen[label, None] & seen) & (average > 0)
-    return _result(torch.where(defined, margin, 0), index)
+    return _result(ops.log_distance_ratio(square, mean_distance, seen[label, None] & seen), index)

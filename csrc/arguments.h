@@ -220,6 +220,7 @@ struct Upstream {
     return grad_mass != nullptr || grad_hit != nullptr || grad_joint != nullptr;
   }
   C10_HOST_DEVICE A of_loss(int64_t i) const { return grad_loss ? grad_loss[i * grad_loss_stride] : A(0); }
+  C10_HOST_DEVICE A of_statistics() const { return stats_scale ? *stats_scale : A(1); }
   C10_HOST_DEVICE A of_lse(int64_t i) const { return grad_lse ? static_cast<A>(grad_lse[i]) : A(0); }
 };
 

@@ -20,6 +20,7 @@
 namespace classfair {
 
 using torch::headeronly::ScalarType;
+using torch::stable::parallel_for;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using BFloat16 = torch::headeronly::BFloat16;

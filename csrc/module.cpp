@@ -11,7 +11,7 @@ namespace classfair {
 std::string why_unusable();  // cuda/probe.cu
 }
 #else
-#include "cpu/isa.h"
+#include "cpu/isa/isa.h"
 #endif
 
 namespace {
@@ -34,7 +34,7 @@ pybind11::dict build_info() {
   info["cuda_archs"] = CLASSFAIR_CUDA_ARCHS;
 #ifndef CLASSFAIR_CUDA_MODULE
   info["cpu_instruction_sets"] = classfair::compiled_isas();
-  info["cpu_instruction_set"] = classfair::isa_name(classfair::selected_isa());
+  info["cpu_instruction_set"] = classfair::selected_isa();
 #endif
   return info;
 }

@@ -8,11 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from classfair import _validate as check
+from classfair import backends
 from classfair._state import KeepsPrecision
 from classfair.functional import cross_entropy
 from classfair.functional_stats import cross_entropy_with_stats
-from classfair.ops import LabelIndex, label_index
-from classfair.pair import PairTerms, pair_variance
+from classfair.ops import LabelIndex, label_index, pair_terms
+from classfair.pair import PairTerms
 from classfair.statistics import BatchStats, ClassStatistics
 from classfair.targets import MixedTarget, major_label, total_weight
 
@@ -86,7 +87,7 @@ class CrossEntropyLoss(KeepsPrecision):
         for vector in _PERTURBATIONS:
             self.register_buffer(vector, None)
         # Knows the device of the module where nothing else is there to know it.
-        self.register_buffer("_place", torch.empty(0), persistent=False)
+        self.register_buffer("_place", torch.empty(0, dtype=torch.float32), persistent=False)
         self.gamma = 0.0
         self.ignore_index = ignore_index
         self.reduction = reduction
@@ -136,9 +137,9 @@ class CrossEntropyLoss(KeepsPrecision):
             **(self.perturbation() if self.active else {}),
         }
 
-    def forward(self, logits: Tensor, target: Tensor | MixedTarget) -> Tensor:
+    def forward(self, logits: Tensor, target: Tensor | MixedTarget, *, sample_weight: Tensor | None = None) -> Tensor:
         """The loss; shapes as in :func:`classfair.cross_entropy`."""
-        return cross_entropy(logits, target, **self._arguments())
+        return cross_entropy(logits, target, sample_weight=sample_weight, **self._arguments())
 
     def with_stats(
         self,
@@ -152,7 +153,8 @@ class CrossEntropyLoss(KeepsPrecision):
     ) -> tuple[Tensor, BatchStats]:
         """The loss and the :class:`BatchStats` of the same pass, as :func:`classfair.cross_entropy_with_stats`.
 
-        ``options``: its ``label``, ``confusion``, ``differentiable``, ``penalty`` and ``penalty_weight``.
+        ``options``: its ``label``, ``confusion``, ``differentiable``, ``penalty``, ``penalty_weight`` and
+        ``sample_weight``.
         """
         options |= {"group": group, "num_groups": num_groups, "joint": joint}
         return cross_entropy_with_stats(logits, target, **options, **self._arguments())
@@ -184,10 +186,11 @@ class FeatureLoss(CrossEntropyLoss):
     """
 
     statistics: ClassStatistics
+    updates: Tensor
     largest: Tensor
 
     def __init__(
-        self, num_classes: int, feature_dim: int, statistics: ClassStatistics | None, every: int, keywords: Keywords
+        self, num_classes: int, feature_dim: int, statistics: ClassStatistics | None, keywords: Keywords
     ) -> None:
         super().__init__(**keywords)
         name = type(self).__name__
@@ -202,14 +205,12 @@ class FeatureLoss(CrossEntropyLoss):
                 f"{name}: expected statistics of {num_classes} classes and {feature_dim} features,"
                 f" got {tuple(statistics.mean.shape)}"
             )
-        check.check_number(name, "every", every, 1)
         self.statistics = statistics
-        self.every = every
-        self.updates = 0
-        self.register_buffer("largest", torch.zeros(()), persistent=False)
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("largest", torch.zeros((), dtype=torch.float32), persistent=False)
 
-    def pair(self, linear_weight: Tensor, labels: Tensor) -> PairTerms:
-        """What is added to the logits of each label."""
+    def pair(self, linear_weight: Tensor, index: LabelIndex) -> PairTerms:
+        """What is added to the logits of each label of the index."""
         raise NotImplementedError
 
     def absorbed(
@@ -218,17 +219,26 @@ class FeatureLoss(CrossEntropyLoss):
         """Perturbed logits without pair rows, where the raw ones are not wanted and there is a cheaper way."""
         return None
 
-    def _index(self, labels: Tensor) -> LabelIndex:
-        classes = self.statistics.mean.shape[0]
-        return label_index(labels, classes, ignore_index=self.ignore_index, backend=self.backend)
+    def refresh(self) -> None:
+        """What follows from the class statistics, after each of their updates."""
 
-    def _variance(self, linear_weight: Tensor, index: LabelIndex, *, normalize: bool = False) -> PairTerms:
-        cov = self.statistics.cov
+    def variance(self, linear_weight: Tensor, index: LabelIndex, *, normalize: bool = False) -> Tensor:
+        """Rows (M, C) of :func:`classfair.pair_variance` for the labels of the index."""
+        cov, acc = self.statistics.cov, check.acc_dtype(linear_weight)
         assert cov is not None
-        backend = self.backend if cov.dim() == 2 else None  # matrices are for plain torch
-        pair = pair_variance(linear_weight, cov, index, normalize=normalize, backend=backend)
-        assert isinstance(pair, PairTerms)
-        return pair
+        matrices = cov.dim() == 3  # they are for plain torch
+        backend = "reference" if matrices else backends.choose("pair_terms", linear_weight.device, self.backend)
+        weight, cov = linear_weight.to(acc).contiguous(), cov.to(acc).contiguous()
+        rows = pair_terms(weight, cov, index.key_of_slot, index.num_slots, normalize=normalize, backend=backend)
+        assert rows.variance is not None
+        return rows.variance
+
+    @torch.no_grad()
+    def watch(self, perturbation: Tensor) -> None:
+        """Keep the largest of these perturbations, whatever their shape; a NaN counts as an infinite one."""
+        if perturbation.numel():
+            largest = perturbation.abs().amax().float().nan_to_num(nan=torch.inf, posinf=torch.inf)
+            torch.maximum(self.largest, largest, out=self.largest)
 
     def forward(  # type: ignore[override]
         self,
@@ -238,12 +248,13 @@ class FeatureLoss(CrossEntropyLoss):
         *,
         logits: Tensor | None = None,
         linear_bias: Tensor | None = None,
+        sample_weight: Tensor | None = None,
         update: bool = True,
     ) -> Tensor:
         """The loss; see the class for shapes. ``update=False`` leaves the state alone, as in virtual steps."""
         raw = logits is not None
         logits, arguments = self._prepare(features, linear_weight, target, logits, linear_bias, update, raw=raw)
-        return cross_entropy(logits, target, **arguments)
+        return cross_entropy(logits, target, sample_weight=sample_weight, **arguments)
 
     def with_stats(  # type: ignore[override]
         self,
@@ -258,8 +269,8 @@ class FeatureLoss(CrossEntropyLoss):
     ) -> tuple[Tensor, BatchStats]:
         """The loss and the :class:`BatchStats` of the unperturbed logits, from one pass over them.
 
-        ``options``: ``group``, ``num_groups``, ``joint``, ``label``, ``confusion``, ``differentiable``, ``penalty`` and
-        ``penalty_weight`` of :func:`classfair.cross_entropy_with_stats`.
+        ``options``: ``group``, ``num_groups``, ``joint``, ``label``, ``confusion``, ``differentiable``, ``penalty``,
+        ``penalty_weight`` and ``sample_weight`` of :func:`classfair.cross_entropy_with_stats`.
         """
         logits, arguments = self._prepare(features, linear_weight, target, logits, linear_bias, update, raw=True)
         return cross_entropy_with_stats(logits, target, **options, **arguments)
@@ -279,15 +290,28 @@ class FeatureLoss(CrossEntropyLoss):
         self._check(features, linear_weight, target)
         arguments = self._arguments()
         if self.active:
+            index = self._index(target)
             if update:
-                self._update(features, linear_weight, target)
+                self.statistics.update(features, major_label(target) if isinstance(target, MixedTarget) else index)
+                self.refresh()
             perturbed = None if raw else self.absorbed(features, linear_weight, target, linear_bias)
+            if perturbed is None:
+                arguments["pair"] = pair = self.pair(linear_weight, index)
+                if update and len(pair.rows):  # of one label a step
+                    self.watch(pair.rows.detach().index_select(0, (self.updates % len(pair.rows)).view(1)))
+            if update:
+                self.updates += 1
             if perturbed is not None:
                 return perturbed, arguments
-            arguments["pair"] = self.pair(linear_weight, _both(target))
         if logits is None:
             logits = F.linear(features, linear_weight, linear_bias)
         return logits, arguments
+
+    def _index(self, target: Tensor | MixedTarget) -> LabelIndex:
+        """Of the labels of the batch; of those of a mixture, (2N,), first all y_a and then all y_b."""
+        labels = torch.cat([target.y_a, target.y_b]) if isinstance(target, MixedTarget) else target
+        classes = self.statistics.mean.shape[0]
+        return label_index(labels, classes, ignore_index=self.ignore_index, backend=self.backend)
 
     def _check(self, features: Any, linear_weight: Any, target: Any) -> None:
         name, (num_classes, dim) = type(self).__name__, self.statistics.mean.shape
@@ -297,33 +321,20 @@ class FeatureLoss(CrossEntropyLoss):
         if isinstance(target, Tensor) and target.is_floating_point():
             raise TypeError(f"{name}: expected hard labels or MixedTarget, got probabilities")
 
-    @torch.no_grad()
-    def _update(self, features: Tensor, linear_weight: Tensor, target: Tensor | MixedTarget) -> None:
-        self.statistics.update(features, major_label(target))
-        if self.updates % self.every == 0:
-            self._refresh(linear_weight, _both(target))
-        self.updates += 1
-
-    def _refresh(self, linear_weight: Tensor, labels: Tensor) -> None:
-        """What needs doing only now and then."""
-        largest = self.pair(linear_weight, labels).rows.abs().amax() if labels.numel() else self.largest.new_zeros(())
-        torch.maximum(self.largest, largest.float(), out=self.largest)
-
-    def get_extra_state(self) -> dict[str, int]:
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         if self.largest > LARGE:  # whoever saves state waits for the device anyway
             warnings.warn(
                 f"classfair: {type(self).__name__} perturbed logits by up to {float(self.largest):.3g}; beyond"
                 f" {LARGE:g} the perturbation decides the loss alone: lower its strength",
                 UserWarning,
-                stacklevel=2,
+                stacklevel=4,
             )
             self.largest.zero_()
-        return {"updates": self.updates}
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
-    def set_extra_state(self, state: dict[str, int]) -> None:
-        self.updates = state["updates"]
-
-
-def _both(target: Tensor | MixedTarget) -> Tensor:
-    """Labels to make pair rows for: (N,), or (2N,) of a MixedTarget."""
-    return torch.cat([target.y_a, target.y_b]) if isinstance(target, MixedTarget) else target
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Up to version 2 of the state the number of updates was a Python number beside the tensors."""
+        old = state_dict.pop(prefix + "_extra_state", None)
+        if old is not None:
+            state_dict.setdefault(prefix + "updates", torch.tensor(old["updates"]))
+        super()._load_from_state_dict(state_dict, prefix, *rest)

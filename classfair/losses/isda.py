@@ -8,6 +8,7 @@ from torch import Tensor
 
 from classfair import _validate as check
 from classfair.losses.base import FeatureLoss, Keywords
+from classfair.ops import LabelIndex
 from classfair.pair import PairTerms
 from classfair.statistics import ClassStatistics
 from classfair.targets import MixedTarget
@@ -68,12 +69,13 @@ class ISDALoss(FeatureLoss):
         statistics: ClassStatistics | None = None,
         **keywords: Unpack[Keywords],
     ) -> None:
-        super().__init__(num_classes, feature_dim, statistics, 100, keywords)
+        super().__init__(num_classes, feature_dim, statistics, keywords)
         check.check_number("ISDALoss", "strength", strength, 0.0)
-        self.register_buffer("strength", torch.tensor(float(strength)))
+        self.register_buffer("strength", torch.tensor(float(strength), dtype=torch.float32))
 
-    def pair(self, linear_weight: Tensor, labels: Tensor) -> PairTerms:
-        return (0.5 * self.strength) * self._variance(linear_weight, self._index(labels))
+    def pair(self, linear_weight: Tensor, index: LabelIndex) -> PairTerms:
+        rows = self.variance(linear_weight, index) * (0.5 * self.strength)
+        return PairTerms(rows, index.slot, index.key_of_slot, index.num_slots)
 
     def absorbed(
         self, features: Tensor, linear_weight: Tensor, target: Tensor | MixedTarget, linear_bias: Tensor | None
@@ -86,6 +88,16 @@ class ISDALoss(FeatureLoss):
         centred = linear_weight - linear_weight.mean(0, keepdim=True)  # (C, D)
         label = target.clamp(0, linear_weight.shape[0] - 1)  # rows that are ignored or invalid are so below, too
         scaled = (self.strength * cov[label]).to(features.dtype)  # (N, D)
-        shifted = features - scaled * F.embedding(label, centred)
-        logits = F.linear(shifted, centred, linear_bias)
+        own = F.embedding(label, centred)
+        self._watch_some(scaled, own, centred)
+        logits = F.linear(features - scaled * own, centred, linear_bias)
         return torch.addmm(logits, scaled, (0.5 * centred.square()).T)
+
+    @torch.no_grad()
+    def _watch_some(self, scaled: Tensor, own: Tensor, centred: Tensor) -> None:  # (N, D), (N, D), (C, D)
+        """The perturbations of one sample by a few classes, others in every step; all of them are never formed."""
+        if len(scaled) == 0:
+            return
+        row, few = (self.updates % len(scaled)).view(1), torch.arange(16, device=centred.device)
+        gap = centred.index_select(0, (self.updates + few) % len(centred)) - own.index_select(0, row)
+        self.watch(0.5 * (scaled.index_select(0, row) * gap.square()).sum(1))

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from classfair import _validate as check
+from classfair import backends
 from classfair.losses.base import FeatureLoss, Keywords
-from classfair.ops import LabelIndex
-from classfair.pair import PairTerms, distance_margin, mean_class_distance
+from classfair.ops import LabelIndex, log_distance_ratio, pair_terms
+from classfair.pair import BLOCK_NUMBERS, PairTerms
 from classfair.priors import logit_adjustment
 from classfair.statistics import ClassStatistics
 
@@ -42,13 +43,15 @@ class MetaLADLoss(FeatureLoss):
             ``"pair"`` each pair ``(3, C, C)``, for up to 2000 classes.
         terms: which of "proportion", "variance" and "distance" there are; the others cost nothing.
         paper_sign: the first term as printed.
-        distance_every: updates between two computations of the mean distance, which costs C^2 D operations.
+        distance_every: updates in which the distances of all classes, of which the mean is taken, are computed once.
+            That costs C^2 D operations: the first update does it, each later one for C / distance_every classes.
         statistics: running moments of features by class, as in :class:`ISDALoss`.
         weight, ignore_index, reduction, label_smoothing, backend: as in :class:`CrossEntropyLoss`.
 
     Shape, gradients and evaluation as in :class:`ISDALoss`. ``omega`` is a buffer: trained on the training loss,
     the second weight would fall without end. A tensor that requires gradient may be put in its place.
-    State: ``omega``, ``log_prior`` ``(C,)``, ``mean_distance`` ``()``, ``statistics``. No parameters.
+    State: ``omega``, ``log_prior`` ``(C,)``, ``mean_distance`` ``()``, ``distances`` ``(2, C)``, ``statistics``. No
+    parameters.
 
     Raises:
         TypeError, ValueError: arguments of the wrong kind, shape or range; ``per="pair"`` above 2000 classes, with the
@@ -66,6 +69,7 @@ class MetaLADLoss(FeatureLoss):
     omega: Tensor
     log_prior: Tensor
     mean_distance: Tensor
+    distances: Tensor
 
     def __init__(
         self,
@@ -82,7 +86,8 @@ class MetaLADLoss(FeatureLoss):
     ) -> None:
         log_prior = logit_adjustment(class_counts)
         num_classes = log_prior.numel()
-        super().__init__(num_classes, feature_dim, statistics, distance_every, keywords)
+        super().__init__(num_classes, feature_dim, statistics, keywords)
+        check.check_number("MetaLADLoss", "distance_every", distance_every, 1)
         check.check_choice("MetaLADLoss", "per", per, ("scalar", "class", "pair"))
         if not terms or not set(terms) <= set(TERMS):
             raise ValueError(f"MetaLADLoss: expected terms among {', '.join(TERMS)}, got {', '.join(terms) or 'none'}")
@@ -94,34 +99,44 @@ class MetaLADLoss(FeatureLoss):
                 f"MetaLADLoss: expected per='scalar' or 'class' above {MAX_PER_PAIR_CLASSES} classes, got 'pair', whose"
                 f" weights would take {megabytes:.0f} MB"
             )
-        self.terms, self.paper_sign = tuple(terms), paper_sign
+        self.terms, self.paper_sign, self.distance_every = tuple(terms), paper_sign, int(distance_every)
         shape = {"scalar": (3,), "class": (3, num_classes), "pair": (3, num_classes, num_classes)}[per]
-        start = torch.tensor([float(value) for value in omega]).view(3, *(1,) * (len(shape) - 1))
+        start = torch.tensor([float(value) for value in omega], dtype=torch.float32).view(3, *(1,) * (len(shape) - 1))
         self.register_buffer("omega", start.expand(shape).clone())
         self.register_buffer("log_prior", log_prior)
-        self.register_buffer("mean_distance", torch.zeros(()))
+        self.register_buffer("mean_distance", torch.zeros((), dtype=torch.float32))
+        # Of each class the sum of its distances to the other classes seen, and their number, when last computed.
+        self.register_buffer("distances", torch.zeros(2, num_classes, dtype=torch.float32))
+        self._unmeasured = True
 
-    def pair(self, linear_weight: Tensor, labels: Tensor) -> PairTerms:
+    def pair(self, linear_weight: Tensor, index: LabelIndex) -> PairTerms:
         """Eq. 33 for the labels present, (M, C); 0 at c = y because each of its terms is."""
-        index = self._index(labels)
-        label = index.key_of_slot  # (M,)
-        terms: dict[str, Tensor] = {}
+        terms = self.terms_of(linear_weight, index)
+        rows = sum(self._omega(name, index.key_of_slot) * term for name, term in terms.items())
+        assert isinstance(rows, Tensor)
+        return PairTerms(rows, index.slot, index.key_of_slot, index.num_slots)
+
+    def terms_of(self, linear_weight: Tensor, index: LabelIndex) -> dict[str, Tensor]:
+        """The unweighted terms of eq. 33 for the labels of the index, (M, C) each."""
+        label, terms = index.key_of_slot, {}
         if "proportion" in self.terms:
             relative = self.log_prior - self.log_prior[label, None]
             terms["proportion"] = -relative if self.paper_sign else relative
         if "variance" in self.terms:
-            terms["variance"] = self._variance(linear_weight, index, normalize=True).rows
+            terms["variance"] = self.variance(linear_weight, index, normalize=True)
         if "distance" in self.terms:
-            terms["distance"] = self._distance(index).rows
-        rows = sum(self._omega(name, label) * term for name, term in terms.items())
-        assert isinstance(rows, Tensor)
-        return PairTerms(rows, index.slot, label, index.num_slots)
+            seen = self.statistics.count > 0
+            squares = self._squares(label, index.num_slots)
+            terms["distance"] = log_distance_ratio(squares, self.mean_distance, seen[label, None] & seen)
+        return terms
 
-    def _distance(self, index: LabelIndex) -> PairTerms:
-        mean, seen = self.statistics.mean, self.statistics.count > 0
-        pair = distance_margin(mean, index, seen=seen, mean_distance=self.mean_distance, backend=self.backend)
-        assert isinstance(pair, PairTerms)
-        return pair
+    def _squares(self, label: Tensor, number: Tensor) -> Tensor:
+        """Squared distances of the means of some classes to all, (M, C)."""
+        mean = self.statistics.mean
+        backend = backends.choose("pair_terms", mean.device, self.backend)
+        square = pair_terms(mean, None, label, number, want_square=True, backend=backend).square
+        assert square is not None
+        return square
 
     def _omega(self, term: str, label: Tensor) -> Tensor:
         """The weight of a term for the labels: (), (M, 1) or (M, C)."""
@@ -130,8 +145,39 @@ class MetaLADLoss(FeatureLoss):
             return omega
         return omega[label, None] if omega.dim() == 1 else omega[label]
 
-    def _refresh(self, linear_weight: Tensor, labels: Tensor) -> None:
-        if "distance" in self.terms:
-            mean, seen = self.statistics.mean, self.statistics.count > 0
-            self.mean_distance.copy_(mean_class_distance(mean, seen=seen, backend=self.backend))
-        super()._refresh(linear_weight, labels)
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Distances of all classes at the first update, then of the next ones in turn; and the mean of all.
+
+        No branch depends on the number of updates, which a compiled step would be compiled anew for.
+        """
+        if "distance" not in self.terms:
+            return
+        classes, device = self.distances.shape[1], self.distances.device
+        if self._unmeasured:
+            size = max(1, BLOCK_NUMBERS // classes)
+            for begin in range(0, classes, size):
+                self._measure(torch.arange(begin, min(begin + size, classes), device=device))
+            self._unmeasured = False
+        else:
+            share = -(-classes // self.distance_every)
+            self._measure((self.updates * share + torch.arange(share, device=device)) % classes)
+        total, number = self.distances.sum(1)
+        self.mean_distance.copy_(total / number.clamp_min(1))
+
+    def _measure(self, label: Tensor) -> None:  # (K,)
+        """The sums over all classes of the distances of some."""
+        seen, device = self.statistics.count > 0, label.device  # (C,)
+        square = self._squares(label, torch.full((), len(label), device=device))
+        both = seen[label, None] & seen & (label[:, None] != torch.arange(len(seen), device=device))
+        total = torch.where(both, square.sqrt(), 0).sum(1)
+        self.distances.index_copy_(1, label, torch.stack([total, both.sum(1).to(total.dtype)]))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Up to version 2 of the state only the mean of the distances was kept."""
+        mean = state_dict.get(prefix + "mean_distance")
+        if mean is not None and prefix + "distances" not in state_dict:
+            ones = torch.ones_like(self.distances[0])
+            state_dict[prefix + "distances"] = torch.stack([ones * mean.to(ones), ones])
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        self._unmeasured = not bool(self.distances.any())

@@ -1,6 +1,6 @@
 """Metrics of class fairness, in two forms.
 
-Functions of counts and accuracies (:mod:`classfair.metrics.counts`) need NumPy only. The classes are
+Functions of counts and accuracies (:mod:`classfair.metrics.counts`) need nothing else. The classes are
 ``torchmetrics.Metric`` and need ``pip install "classfair[metrics]"``; they are imported when first asked for.
 ``docs/metrics.md`` has a table of all of them.
 """
@@ -36,16 +36,13 @@ if TYPE_CHECKING:
         PredictionBias,
     )
     from classfair.metrics.groups import DemographicParity, EqualizedOdds, GroupIoU
-    from classfair.metrics.scores import AUROC, CalibrationError
     from classfair.metrics.splits import DifficultyAccuracy, ShotAccuracy
     from classfair.metrics.wrappers import BatchAverage, StatsMetric
 
 _MODULE = {  # of each class that needs torchmetrics
-    "AUROC": "scores",
     "BalancedAccuracy": "accuracy",
     "BatchAverage": "wrappers",
     "BestClassAccuracy": "accuracy",
-    "CalibrationError": "scores",
     "ClassMetric": "base",
     "ConfusionMatrix": "bias",
     "CumulativeFalsePositives": "bias",
@@ -63,11 +60,9 @@ _MODULE = {  # of each class that needs torchmetrics
 }
 
 __all__ = [
-    "AUROC",
     "BalancedAccuracy",
     "BatchAverage",
     "BestClassAccuracy",
-    "CalibrationError",
     "ClassMetric",
     "ConfusionMatrix",
     "CumulativeFalsePositives",

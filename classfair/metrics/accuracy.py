@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from classfair import _validate as check
 from classfair.metrics import _charts
-from classfair.metrics._formulas import normal_quantile, wilson_terms
+from classfair.metrics._inputs import check_eps, normal_quantile
 from classfair.metrics.base import ClassMetric
+from classfair.statistics import rates
 
 
 class _Accuracy(ClassMetric):
@@ -51,8 +50,8 @@ class PerClassAccuracy(_Accuracy):
         accuracy = self.accuracies()
         if self._z is None:
             return accuracy
-        middle, half = wilson_terms(accuracy, self._squeeze(self.count.double()), self._z)
-        return {"accuracy": accuracy, "lower": (middle - half).clamp(0, 1), "upper": (middle + half).clamp(0, 1)}
+        lower, upper = rates.wilson_bounds(accuracy, self._squeeze(self.count), self._z)
+        return {"accuracy": accuracy, "lower": lower, "upper": upper}
 
     def _draw(self, value: Any, ax: Any) -> Any:
         if isinstance(value, dict):
@@ -79,7 +78,7 @@ class BalancedAccuracy(_Accuracy):
     """
 
     def compute(self) -> Tensor:
-        return self.accuracies().nanmean(-1)
+        return rates.mean(self.accuracies())
 
 
 class WorstClassAccuracy(_Accuracy):
@@ -99,8 +98,7 @@ class WorstClassAccuracy(_Accuracy):
     """
 
     def compute(self) -> Tensor:
-        worst = self.accuracies().nan_to_num(nan=2.0).amin(-1)
-        return torch.where(worst > 1, torch.nan, worst)
+        return rates.worst(self.accuracies())
 
 
 class BestClassAccuracy(_Accuracy):
@@ -120,8 +118,7 @@ class BestClassAccuracy(_Accuracy):
     """
 
     def compute(self) -> Tensor:
-        best = self.accuracies().nan_to_num(nan=-1.0).amax(-1)
-        return torch.where(best < 0, torch.nan, best)
+        return rates.best(self.accuracies())
 
 
 class GeometricMeanAccuracy(_Accuracy):
@@ -143,11 +140,8 @@ class GeometricMeanAccuracy(_Accuracy):
 
     def __init__(self, num_classes: int, num_groups: int = 1, *, eps: float = 1e-3, **kwargs: Any) -> None:
         super().__init__(num_classes, num_groups, **kwargs)
-        check.check_number(self._name, "eps", eps, 0.0, 1.0)
-        if not eps:
-            raise ValueError(f"{self._name}: expected eps in (0, 1], got {eps}")
+        check_eps(self._name, eps)
         self.eps = eps
 
     def compute(self) -> Tensor:
-        accuracy = self.accuracies()
-        return torch.where(accuracy == 0, self.eps, accuracy).log().nanmean(-1).exp()
+        return rates.geometric_mean(self.accuracies(), self.eps)

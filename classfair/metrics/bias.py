@@ -10,10 +10,9 @@ from torch import Tensor
 from classfair import _validate as check
 from classfair.functional_stats import MAX_CONFUSION_CLASSES
 from classfair.metrics import _charts
-from classfair.metrics._formulas import as_counts, frequency_order
+from classfair.metrics._inputs import as_class_counts
 from classfair.metrics.base import ClassMetric
-from classfair.metrics.splits import class_vector
-from classfair.statistics import NORMALIZE, BatchStats, prediction_bias
+from classfair.statistics import NORMALIZE, BatchStats, prediction_bias, rates
 
 
 def one_group(name: str, kwargs: dict[str, Any]) -> int:
@@ -120,14 +119,13 @@ class CumulativeFalsePositives(ClassMetric):
 
     def __init__(self, train_count: Any, **kwargs: Any) -> None:
         name = "CumulativeFalsePositives"
-        counts = class_vector(name, "train_count", as_counts(train_count, name, "train_count"))
-        super().__init__(counts.size, one_group(name, kwargs), **kwargs)
-        self.register_buffer("order", torch.from_numpy(frequency_order(counts)), persistent=False)
+        counts = as_class_counts(train_count, name, "train_count")
+        super().__init__(counts.numel(), one_group(name, kwargs), **kwargs)
+        self.register_buffer("order", rates.frequency_order(counts), persistent=False)
 
     def compute(self) -> dict[str, Tensor]:
-        curve = (self.predicted - self.correct)[0][self.order].cumsum(0)
-        line = torch.arange(1, self.num_classes + 1, device=curve.device).double() / self.num_classes
-        return {"curve": curve, "area": (curve.double() / curve[-1] - line).mean()}
+        curve, area = rates.false_positive_curve(self.predicted[0], self.correct[0], self.order)
+        return {"curve": curve, "area": area}
 
     def _draw(self, value: Any, ax: Any) -> Any:
         return _charts.against_line(value["curve"], value["area"], ax)

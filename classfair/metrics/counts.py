@@ -1,9 +1,9 @@
-"""Metrics of class fairness: small pure functions of per-class counts and accuracies.
+"""Metrics of class fairness as functions of counts and accuracies by class.
 
-Inputs are NumPy arrays, sequences or tensors of any device and number type; the arithmetic is
-float64. Accuracies are fractions in [0, 1]. A class without test images has accuracy nan, and every
-mean leaves it out; a mean over no class at all is nan. Wrong input raises ``ValueError``, a parameter that
-is no number ``TypeError``.
+They take NumPy arrays, sequences or tensors of any device and number type, compute in float64 and return NumPy arrays
+and floats. Accuracies are fractions in [0, 1]. A class without test images has accuracy nan, which every mean leaves
+out; a mean over no class at all is nan. Wrong input raises ``ValueError``, a parameter that is no number ``TypeError``.
+The formulas are those of :mod:`classfair.statistics.rates`.
 """
 
 from __future__ import annotations
@@ -11,24 +11,21 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
 
-from classfair import _validate as check
-from classfair.metrics._formulas import (
-    Array,
+from classfair.metrics._inputs import (
     as_accuracies,
     as_counts,
-    as_numbers,
-    difficulty_groups,
-    frequency_order,
+    check_eps,
+    check_shots,
     normal_quantile,
-    shot_groups,
-    wilson_terms,
 )
+from classfair.statistics import rates
 
-
-def _mean(acc: Array) -> float:
-    present = acc[~np.isnan(acc)]
-    return float(present.mean()) if present.size else float("nan")
+Array = NDArray[np.float64]
+SHOTS = ("many", "medium", "few")
+THIRDS = ("easy", "medium", "hard")
 
 
 def per_class_accuracy(correct: Any, count: Any) -> Array:
@@ -44,25 +41,26 @@ def per_class_accuracy(correct: Any, count: Any) -> Array:
     >>> per_class_accuracy([9, 1, 0], [10, 4, 0])
     array([0.9 , 0.25,  nan])
     """
-    return _fractions("per_class_accuracy", correct, count)
+    return rates.accuracies(*_pair("per_class_accuracy", correct, count)).numpy()
 
 
-def _fractions(function: str, correct: Any, count: Any) -> Array:
-    correct = as_counts(correct, function, "correct")
-    count = as_counts(count, function, "count")
-    if correct.shape != count.shape or correct.ndim not in (1, 2):
+def _pair(function: str, correct: Any, count: Any) -> tuple[Tensor, Tensor]:
+    """Both as float64 tensors."""
+    correct, count = as_counts(correct, function, "correct"), as_counts(count, function, "count")
+    if correct.shape != count.shape or correct.dim() not in (1, 2):
         raise ValueError(
             f"{function}: expected correct and count of one shape, (C,) or (G, C), "
-            f"got {correct.shape} and {count.shape}"
+            f"got {tuple(correct.shape)} and {tuple(count.shape)}"
         )
-    if (correct > count).any():
-        worst = np.unravel_index(np.argmax(correct - count), count.shape)
-        raise ValueError(
-            f"{function}: expected correct <= count, got {correct[worst]:g} > {count[worst]:g} for class {worst[-1]}"
-        )
-    result = np.full(count.shape, np.nan)
-    np.divide(correct, count, out=result, where=count > 0)
-    return result
+    _check_at_most(function, correct, count, "count")
+    return correct, count
+
+
+def _check_at_most(function: str, correct: Tensor, whole: Tensor, name: str) -> None:
+    if (correct > whole).any():
+        worst = int((correct - whole).argmax())
+        got = f"{float(correct.flatten()[worst]):g} > {float(whole.flatten()[worst]):g}"
+        raise ValueError(f"{function}: expected correct <= {name}, got {got} for class {worst % whole.shape[-1]}")
 
 
 def balanced_accuracy(acc: Any) -> float:
@@ -79,7 +77,7 @@ def balanced_accuracy(acc: Any) -> float:
     >>> balanced_accuracy([0.9, 0.3, float("nan")])
     0.6
     """
-    return _mean(as_accuracies(acc, "balanced_accuracy"))
+    return float(rates.mean(as_accuracies(acc, "balanced_accuracy")))
 
 
 def worst_class_accuracy(acc: Any) -> float:
@@ -94,8 +92,7 @@ def worst_class_accuracy(acc: Any) -> float:
     >>> worst_class_accuracy([0.9, 0.3, float("nan")])
     0.3
     """
-    acc = as_accuracies(acc, "worst_class_accuracy")
-    return float("nan") if np.isnan(acc).all() else float(np.nanmin(acc))
+    return float(rates.worst(as_accuracies(acc, "worst_class_accuracy")))
 
 
 def best_class_accuracy(acc: Any) -> float:
@@ -110,8 +107,7 @@ def best_class_accuracy(acc: Any) -> float:
     >>> best_class_accuracy([0.9, 0.3, float("nan")])
     0.9
     """
-    acc = as_accuracies(acc, "best_class_accuracy")
-    return float("nan") if np.isnan(acc).all() else float(np.nanmax(acc))
+    return float(rates.best(as_accuracies(acc, "best_class_accuracy")))
 
 
 def shot_accuracy(acc: Any, train_count: Any, *, many: float = 100, few: float = 20) -> dict[str, float]:
@@ -136,10 +132,19 @@ def shot_accuracy(acc: Any, train_count: Any, *, many: float = 100, few: float =
     function = "shot_accuracy"
     acc = as_accuracies(acc, function)
     train_count = as_counts(train_count, function, "train_count")
-    if train_count.shape != acc.shape:
-        raise ValueError(f"{function}: expected train_count of shape {acc.shape} like acc, got {train_count.shape}")
-    groups = shot_groups(function, train_count, many, few)
-    return {name: _mean(acc[members]) for name, members in groups.items()}
+    _check_like(function, "train_count", train_count, acc)
+    check_shots(function, many, few)
+    return _named(SHOTS, rates.mean_of_members(acc, rates.shot_members(train_count, many, few)))
+
+
+def _check_like(function: str, name: str, value: Tensor, acc: Tensor) -> None:
+    if value.shape != acc.shape:
+        wanted, got = tuple(acc.shape), tuple(value.shape)
+        raise ValueError(f"{function}: expected {name} of shape {wanted} like acc, got {got}")
+
+
+def _named(names: tuple[str, ...], values: Tensor) -> dict[str, float]:
+    return dict(zip(names, values.tolist(), strict=True))
 
 
 def difficulty_accuracy(acc: Any, reference_acc: Any) -> dict[str, float]:
@@ -160,9 +165,8 @@ def difficulty_accuracy(acc: Any, reference_acc: Any) -> dict[str, float]:
     """
     function = "difficulty_accuracy"
     acc, reference = as_accuracies(acc, function), as_accuracies(reference_acc, function, "reference_acc")
-    if reference.shape != acc.shape:
-        raise ValueError(f"{function}: expected reference_acc of shape {acc.shape} like acc, got {reference.shape}")
-    return {name: _mean(acc[members]) for name, members in difficulty_groups(reference).items()}
+    _check_like(function, "reference_acc", reference, acc)
+    return _named(THIRDS, rates.mean_of_members(acc, rates.difficulty_members(reference)))
 
 
 def cumulative_false_positives(predicted: Any, correct: Any, train_count: Any) -> tuple[Array, float]:
@@ -187,21 +191,15 @@ def cumulative_false_positives(predicted: Any, correct: Any, train_count: Any) -
     function = "cumulative_false_positives"
     predicted, correct = as_counts(predicted, function, "predicted"), as_counts(correct, function, "correct")
     train_count = as_counts(train_count, function, "train_count")
-    shapes = {predicted.shape, correct.shape, train_count.shape}
-    if len(shapes) > 1 or predicted.ndim != 1 or not predicted.size:
+    shapes = [tuple(value.shape) for value in (predicted, correct, train_count)]
+    if len(set(shapes)) > 1 or predicted.dim() != 1 or not predicted.numel():
         raise ValueError(
             f"{function}: expected predicted, correct and train_count of one shape (C,) with C >= 1, "
-            f"got {predicted.shape}, {correct.shape} and {train_count.shape}"
+            f"got {shapes[0]}, {shapes[1]} and {shapes[2]}"
         )
-    if (correct > predicted).any():
-        c = int(np.argmax(correct - predicted))
-        raise ValueError(
-            f"{function}: expected correct <= predicted, got {correct[c]:g} > {predicted[c]:g} for class {c}"
-        )
-    curve = np.cumsum((predicted - correct)[frequency_order(train_count)])
-    if not curve[-1]:
-        return curve, float("nan")
-    return curve, float(np.mean(curve / curve[-1] - np.arange(1, curve.size + 1) / curve.size))
+    _check_at_most(function, correct, predicted, "predicted")
+    curve, area = rates.false_positive_curve(predicted, correct, rates.frequency_order(train_count))
+    return curve.numpy(), float(area)
 
 
 def wilson_interval(correct: Any, count: Any, confidence: float = 0.95) -> tuple[Array, Array]:
@@ -222,11 +220,10 @@ def wilson_interval(correct: Any, count: Any, confidence: float = 0.95) -> tuple
     (array([0.366, 0.   ]), array([0.634, 0.278]))
     """
     function = "wilson_interval"
-    acc = _fractions(function, correct, count)
-    n, z = as_numbers(count, function, "count"), normal_quantile(function, confidence)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        middle, half = wilson_terms(acc, n, z)
-    return np.clip(middle - half, 0, 1), np.clip(middle + half, 0, 1)
+    correct, count = _pair(function, correct, count)
+    z = normal_quantile(function, confidence)
+    lower, upper = rates.wilson_bounds(rates.accuracies(correct, count), count, z)
+    return lower.numpy(), upper.numpy()
 
 
 def geometric_mean_accuracy(acc: Any, eps: float = 1e-3) -> float:
@@ -249,10 +246,5 @@ def geometric_mean_accuracy(acc: Any, eps: float = 1e-3) -> float:
     """
     function = "geometric_mean_accuracy"
     acc = as_accuracies(acc, function)
-    check.check_number(function, "eps", eps)
-    if not 0 < eps <= 1:
-        raise ValueError(f"{function}: expected eps in (0, 1], got {eps}")
-    present = acc[~np.isnan(acc)]
-    if not present.size:
-        return float("nan")
-    return float(np.exp(np.log(np.where(present == 0, eps, present)).mean()))
+    check_eps(function, eps)
+    return float(rates.geometric_mean(acc, eps))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from classfair import _validate as check
+from classfair.fairness import intersection_over_union
 from classfair.metrics import _charts
-from classfair.metrics._formulas import between_groups
 from classfair.metrics.base import ClassMetric
+from classfair.statistics import rates
 
 REDUCTIONS = ("difference", "ratio", "by_group", "overall")
 
@@ -36,16 +36,14 @@ class _GroupMetric(ClassMetric):
 
     def compute(self) -> Tensor:
         tables = self.count, *((self.mass, self.hit) if self.soft else (self.predicted, self.correct))
-        count, chosen, hit = (table.double() for table in tables)
         if self.reduction == "overall":
-            return self._rates(*(table.sum(0, keepdim=True) for table in (count, chosen, hit))).squeeze(-2)
-        rates = self._rates(count, chosen, hit)
-        return rates if self.reduction == "by_group" else self._compare(rates)
-
-    def _compare(self, rates: Tensor) -> Tensor:  # (..., G, C)
+            return self._rates(*(table.sum(0, keepdim=True) for table in tables)).squeeze(-2)
+        by_group = self._rates(*tables)
+        if self.reduction == "by_group":
+            return by_group
         if self.num_classes == 2:
-            rates = rates[..., 1:]  # the positive class, as fairlearn: the ratios of the other one differ
-        return between_groups(rates, self.reduction)
+            by_group = by_group[..., 1:]  # the positive class, as fairlearn: the ratios of the other one differ
+        return rates.between_groups(by_group, self.reduction)
 
     def _axis(self) -> str:
         return "class"
@@ -79,7 +77,7 @@ class DemographicParity(_GroupMetric):
     """
 
     def _rates(self, count: Tensor, chosen: Tensor, hit: Tensor) -> Tensor:
-        return chosen / count.sum(1, keepdim=True)
+        return rates.selection_rates(count, chosen)
 
 
 class EqualizedOdds(_GroupMetric):
@@ -112,9 +110,7 @@ class EqualizedOdds(_GroupMetric):
     """
 
     def _rates(self, count: Tensor, chosen: Tensor, hit: Tensor) -> Tensor:
-        others = count.sum(1, keepdim=True) - count
-        false = (chosen - hit).clamp_min(0)  # soft sums are rounded on their own
-        return torch.stack([hit / count, false / others])
+        return rates.odds_rates(count, chosen, hit)
 
     def _draw(self, value: Any, ax: Any) -> Any:
         if value.dim() == 0:
@@ -156,20 +152,15 @@ class GroupIoU(_GroupMetric):
     def __init__(self, num_classes: int, num_groups: int, *, reduction: str = "std", **kwargs: Any) -> None:
         super().__init__(num_classes, num_groups, reduction=reduction, **kwargs)
 
-    def _rates(self, count: Tensor, chosen: Tensor, hit: Tensor) -> Tensor:  # (G, 1)
-        union = count + chosen - hit
-        return torch.where(count > 0, hit / union, torch.nan).nanmean(1, keepdim=True)
-
     def compute(self) -> Tensor:
-        return super().compute().squeeze(-1) if self.reduction in ("by_group", "overall") else super().compute()
-
-    def _compare(self, rates: Tensor) -> Tensor:
-        if self.reduction != "std":
-            return between_groups(rates, self.reduction)
-        present = ~rates.isnan()
-        deviation = torch.where(present, rates - rates.nanmean(), 0.0)
-        groups = present.sum()
-        return torch.where(groups > 1, (deviation.square().sum() / (groups - 1)).sqrt(), torch.nan)
+        iou = intersection_over_union(self.statistics(), hard=not self.soft)
+        if self.reduction == "overall":
+            return iou.overall
+        if self.reduction == "by_group":
+            return iou.by_group
+        if self.reduction == "std":
+            return rates.spread(iou.by_group)
+        return rates.between_groups(iou.by_group[:, None], self.reduction)
 
     def _axis(self) -> str:
         return "group"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from classfair.metrics._formulas import Mask, as_accuracies, as_counts, difficulty_groups, shot_groups
+from classfair.metrics._inputs import as_accuracies, as_class_counts, check_shots
 from classfair.metrics.base import ClassMetric
+from classfair.metrics.counts import SHOTS, THIRDS
+from classfair.statistics import rates
 
 
 class _SplitAccuracy(ClassMetric):
@@ -18,15 +18,11 @@ class _SplitAccuracy(ClassMetric):
     plot_upper_bound = 1.0
     members: Tensor
 
-    def _split(self, groups: dict[str, Mask]) -> None:
-        self._names = tuple(groups)
-        self.register_buffer("members", torch.from_numpy(np.stack(list(groups.values()))), persistent=False)
+    _names: tuple[str, ...]
 
     def compute(self) -> dict[str, Tensor]:
-        accuracy = self.accuracies().unsqueeze(-2)  # (..., 1, C)
-        present = self.members & ~accuracy.isnan()
-        mean = torch.where(present, accuracy, 0.0).sum(-1) / present.sum(-1)
-        return dict(zip(self._names, mean.unbind(-1), strict=True))
+        means = rates.mean_of_members(self.accuracies(), self.members)
+        return dict(zip(self._names, means.unbind(-1), strict=True))
 
 
 class ShotAccuracy(_SplitAccuracy):
@@ -51,11 +47,13 @@ class ShotAccuracy(_SplitAccuracy):
         {'many': 1.0, 'medium': 0.5, 'few': nan}
     """
 
+    _names = SHOTS
+
     def __init__(self, train_count: Any, *, many: float = 100, few: float = 20, **kwargs: Any) -> None:
-        counts = class_vector("ShotAccuracy", "train_count", as_counts(train_count, "ShotAccuracy", "train_count"))
-        groups = shot_groups("ShotAccuracy", counts, many, few)
-        super().__init__(counts.size, **kwargs)
-        self._split(groups)
+        counts = as_class_counts(train_count, "ShotAccuracy", "train_count")
+        check_shots("ShotAccuracy", many, few)
+        super().__init__(counts.numel(), **kwargs)
+        self.register_buffer("members", rates.shot_members(counts, many, few), persistent=False)
 
 
 class DifficultyAccuracy(_SplitAccuracy):
@@ -80,13 +78,9 @@ class DifficultyAccuracy(_SplitAccuracy):
         {'easy': nan, 'medium': 0.5, 'hard': 1.0}
     """
 
+    _names = THIRDS
+
     def __init__(self, reference_accuracy: Any, **kwargs: Any) -> None:
         reference = as_accuracies(reference_accuracy, "DifficultyAccuracy", "reference_accuracy")
-        super().__init__(reference.size, **kwargs)
-        self._split(difficulty_groups(reference))
-
-
-def class_vector(function: str, name: str, value: np.ndarray) -> np.ndarray:
-    if value.ndim != 1 or value.size == 0:
-        raise ValueError(f"{function}: expected {name} of shape (C,) with C >= 1, got {value.shape}")
-    return value
+        super().__init__(reference.numel(), **kwargs)
+        self.register_buffer("members", rates.difficulty_members(reference), persistent=False)

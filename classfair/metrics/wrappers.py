@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from classfair.metrics.base import ClassMetric, SummedMetric
+from classfair.metrics._summed import SummedMetric
+from classfair.metrics.base import ClassMetric
 from classfair.statistics import BatchStats
 
 

@@ -188,3 +188,17 @@ def pair_terms(
     function = PairTermsFunction if torch.compiler.is_compiling() else PairTermsForwardMode
     variance, square = function.apply(weight, cov, label, num_slots, normalize, want_square, backend)
     return PairTermRows(None if cov is None else variance, square if want_square else None)
+
+
+#: Distances of class means below this share of their mean count as this share: the margin stays below 6 ln 10.
+NEAREST = 1e-6
+
+
+def log_distance_ratio(square: Tensor, average: Tensor, defined: Tensor) -> Tensor:
+    """log(average / distance) (Wu et al. 2023, eq. 31) of squared distances (M, C).
+
+    0 where it is not ``defined``, a bool that broadcasts, where a distance is 0 and where ``average`` () is.
+    """
+    average = average.to(square.dtype)
+    ratio = average.log() - 0.5 * square.clamp_min((NEAREST * average).square()).log()
+    return torch.where((square > 0) & defined & (average > 0), ratio, 0)

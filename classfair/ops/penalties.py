@@ -35,7 +35,7 @@ class Statistics(NamedTuple):
     mass: Tensor  # (G, C)
     hit: Tensor  # (G, C)
     joint: Tensor | None  # (M, C)
-    count: Tensor  # (G, C) int64
+    count: Tensor  # type: ignore[assignment]  # (G, C) int64
     cell: Tensor | None = None  # (M,) int64, of the rows of `joint`: label * G + group, ascending
     num_cells: Tensor | None = None  # () int64, rows in use
 
@@ -43,7 +43,8 @@ class Statistics(NamedTuple):
         """The penalty by its formula, unweighted; differentiable to any order."""
         if penalty.kind == "iou":
             return reference.iou_penalty(self.mass, self.hit, self.count, False, True)
-        return reference.dependence(*self._rows(penalty), penalty.kind == "mi", penalty.weighted)
+        rows, count, cell, num_cells = self._rows(penalty)
+        return reference.dependence(rows, count, cell, num_cells, penalty.kind == "mi", penalty.weighted)
 
     def value_and_gradients(self, penalty: Penalty, backend: str) -> tuple[Tensor, list[Tensor | None]]:
         """The penalty, unweighted, and its gradients with respect to mass, hit and joint."""
@@ -134,11 +135,12 @@ def _iou_penalty(
     def means(mass: Tensor, hit: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean IoU over classes, and its derivatives in mass and hit."""
         union = mass + count - hit
-        valid = count > 0 if skip else torch.ones_like(count, dtype=torch.bool)
-        inverse = torch.where(valid & (union > 0), 1 / torch.where(union > 0, union, 1), 0)
-        inverse = inverse / valid.sum(-1, keepdim=True).clamp_min(1)
-        iou = torch.where(union > 0, hit / torch.where(union > 0, union, 1), 0)
-        return (hit * inverse).sum(-1), -iou * inverse, (1 + iou) * inverse
+        there = union > 0
+        valid = count > 0 if skip else torch.ones_like(there)
+        inverse = torch.where(there, 1 / torch.where(there, union, 1), 0)
+        iou, number = hit * inverse, valid.sum(-1, keepdim=True).clamp_min(1)
+        inverse = torch.where(valid, inverse / number, 0)
+        return torch.where(valid, iou, 0).sum(-1) / number[..., 0], -iou * inverse, (1 + iou) * inverse
 
     by_group, *slopes = means(mass, hit, count)
     there = count.sum(1) > 0

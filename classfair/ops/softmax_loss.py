@@ -48,10 +48,10 @@ def split(inputs: tuple) -> tuple[Tensors, Scalars, tuple]:
     return Tensors._make(inputs[:NUM_TENSORS]), Scalars._make(inputs[NUM_TENSORS:NUM_SCHEMA]), inputs[NUM_SCHEMA:]
 
 
-def count_table(counts: Tensor, shape: torch.Size, position: int) -> Tensor:
-    """(G, C) view of one of the tables in ``counts``: of count, correct and predicted the one at ``position``."""
+def count_table(counts: Tensor, shape: torch.Size) -> Tensor:
+    """(G, C) view of the first table in ``counts``, the samples of each group and class."""
     # One operator; a slice and a view would be two.
-    return counts.as_strided(shape, (shape[1], 1), counts.storage_offset() + position * shape.numel())
+    return counts.as_strided(shape, (shape[1], 1))
 
 
 def mean_denominator(total_weight: Tensor, label_smoothing: float) -> Tensor:
@@ -90,7 +90,7 @@ class SoftmaxLossFunction(torch.autograd.Function):
             return loss, lse, total_weight
         gradients: tuple[Tensor, ...] = ()
         if options.penalty is not None:
-            statistics = Statistics(mass, hit, joint, count_table(counts, mass.shape, 0), key, num_cells)
+            statistics = Statistics(mass, hit, joint, count_table(counts, mass.shape), key, num_cells)
             value, every = statistics.value_and_gradients(options.penalty, options.backend)
             loss = torch.add(loss, value, alpha=options.penalty_weight)
             gradients = tuple(g for g in every if g is not None)
@@ -152,7 +152,8 @@ def _with_penalty(
 ) -> tuple[list[Tensor | None], Tensor | None]:
     """Gradients of mass, hit and joint with those of the penalty in them, and the number that they count times."""
     assert options.penalty is not None
-    scale, own = upstream * options.penalty_weight, saved[-3:]
+    scale = upstream * options.penalty_weight
+    own: tuple[Tensor | None, ...] = saved[-3:]
     if torch.is_grad_enabled():
         own = _differentiable_gradients(scale, t, s, saved, options)
     elif all(g is None for g in statistics):
@@ -172,7 +173,7 @@ def _differentiable_gradients(
     none = Options(backend=options.backend)
     out = SoftmaxLossFunction.apply(*t, *s, saved.key, saved.num_cells, *none)
     sums, counts = out[2 : 2 + num_sums(t)], out[num_differentiable(t, s) + 3]
-    count = count_table(counts, sums[0].shape, 0)
+    count = count_table(counts, sums[0].shape)
 
     def value(*sums: Tensor) -> Tensor:
         mass, hit, joint = (*sums, None)[:3]
@@ -300,6 +301,6 @@ def _reference(
         return SoftmaxLoss(loss, lse, total_weight)
     _, _, mass, hit, joint, counts = statistics
     if penalty is not None:
-        count = count_table(counts, mass.shape, 0)
+        count = count_table(counts, mass.shape)
         loss = loss + penalty.weight * Statistics(mass, hit, joint, count, key, num_cells).value(penalty)
     return SoftmaxLoss(loss, lse, total_weight, *statistics)

@@ -228,8 +228,9 @@ def softmax_loss_backward(
         outputs = softmax_loss(Tensors._make(full), s)
         return tuple(outputs[i] for i, g in zip(SOURCES, upstream, strict=True) if g is not None)
 
-    pullback = torch.func.vjp(formula, *(t[i] for i in active))[1]
-    pulled = pullback(tuple(g for g in upstream if g is not None))
+    values, given = [v for i in active if (v := t[i]) is not None], tuple(g for g in upstream if g is not None)
+    # torch refuses to differentiate a function without outputs.
+    pulled = torch.func.vjp(formula, *values)[1](given) if given else tuple(map(torch.zeros_like, values))
     result: list[Tensor | None] = [None] * DIFFERENTIABLE
     for i, value in zip(active, pulled, strict=True):
         result[i] = value

@@ -9,17 +9,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from classfair.backends import transformed
 from classfair.ops.label_index import label_index
-from classfair.ops.softmax_loss import count_table
 from classfair.statistics import _processes as processes
+from classfair.statistics import rates
 
 
 class JointRows(NamedTuple):
     """Sums of p(c|x) over the samples of each (label, group) cell of the batch.
 
-    M = min(N, C * G) whatever the labels, so that nobody waits for a number; for contested cells on the CPU in eager
-    mode M = num_cells.
+    There are M = min(N, C * G) rows whatever the labels are, so that nobody waits for a number. For contested cells on
+    the CPU in eager mode there are num_cells.
     """
 
     rows: Tensor  # (M, C); zero where unused; differentiable
@@ -48,7 +47,7 @@ class BatchStats:
         contested: whether ``joint`` leaves out labels that the batch has in one group only.
         synced: whether they are those of all processes already, as :meth:`all_reduce` makes them.
 
-    A pytree of tensors: ``torch.utils._pytree`` maps over it, and compiled functions may return it.
+    The class is a pytree of tensors: ``torch.utils._pytree`` maps over it, and compiled functions may return it.
 
     Example:
         >>> logits, target = torch.eye(3) * 4, torch.tensor([0, 1, 1])
@@ -83,38 +82,29 @@ class BatchStats:
         confusion: Tensor | None = None,
         contested: bool = False,
     ) -> "BatchStats":
-        """Of what the primitive returns. Views of ``counts`` are made when they are asked for.
+        """The statistics of what the primitive returns, whose integers are views of one tensor."""
+        tables, rows = counts.split_with_sizes([counts.numel() - 2, 2])
+        count, correct, predicted = tables.view(3, *mass.shape).unbind()
+        invalid, nonfinite = rows.unbind()
+        integers = (count, correct, predicted, prediction, invalid, nonfinite)
+        return cls(mass, hit, *integers, joint=joint, confusion=confusion, contested=contested)
 
-        A view costs as much as a small kernel, and a penalty needs one of the five.
-        """
-        if transformed():
-            tables, rows = counts.split_with_sizes([counts.numel() - 2, 2])
-            count, correct, predicted = tables.view(3, *mass.shape).unbind()
-            invalid, nonfinite = rows.unbind()
-            integers = (count, correct, predicted, prediction, invalid, nonfinite)
-            return cls(mass, hit, *integers, joint=joint, confusion=confusion, contested=contested)
-        stats = object.__new__(cls)
-        stats.__dict__.update(mass=mass, hit=hit, _counts=counts, prediction=prediction, joint=joint)
-        stats.__dict__.update(confusion=confusion, contested=contested, synced=False)
-        return stats
-
-    def __getattr__(self, name: str) -> Tensor:
-        """A view of ``_counts``, of which the instance keeps hold."""
-        counts = self.__dict__.get("_counts")
-        if counts is None or name not in _VIEWS:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        shape, position = self.mass.shape, _VIEWS.index(name)
-        view = count_table(counts, shape, position) if position < 3 else counts[3 * shape.numel() + position - 3]
-        if not transformed():  # whose tensors must not outlive them
-            self.__dict__[name] = view
-        return view
+    @classmethod
+    def zeros(cls, num_groups: int, num_classes: int, device: torch.device | None = None) -> "BatchStats":
+        """The statistics of no sample, which a sum starts from."""
+        mass, hit = torch.zeros(2, num_groups, num_classes, dtype=torch.float64, device=device).unbind()
+        counts = torch.zeros(3 * num_groups * num_classes + 2, dtype=torch.int64, device=device)
+        return cls.of_pass(mass, hit, counts, counts.new_empty(0))
 
     def detach(self) -> "BatchStats":
         """The same values without gradient."""
         return pytree.tree_map(lambda t: t.detach(), self)
 
     def __add__(self, other: "BatchStats") -> "BatchStats":
-        """Statistics of both batches together; predictions and joint rows belong to one batch and are dropped."""
+        """The statistics of both together: ``mass`` and ``hit`` in float64, so that a sum of many batches stays exact.
+
+        Predictions and joint rows belong to one batch and are dropped. Gradient: ``mass`` and ``hit`` of both.
+        """
         if not isinstance(other, BatchStats):
             return NotImplemented
         if self.mass.shape != other.mass.shape:
@@ -123,7 +113,8 @@ class BatchStats:
             )
         if self.synced != other.synced:
             raise ValueError("BatchStats: expected both of all processes or both of this one, got one of each")
-        summed: dict[str, Any] = {name: getattr(self, name) + getattr(other, name) for name in _SUMMED}
+        summed: dict[str, Any] = {name: getattr(self, name).double() + getattr(other, name) for name in SUMS}
+        summed |= {name: getattr(self, name) + getattr(other, name) for name in _COUNTS}
         both = self.confusion is not None and other.confusion is not None
         confusion = self.confusion + other.confusion if both else None  # type: ignore[operator]
         empty = self.prediction.new_empty(0)
@@ -132,11 +123,11 @@ class BatchStats:
     def all_reduce(self, group: Any = None) -> "BatchStats":
         """Statistics of all processes of ``group`` (None: the default group) together, with gradient.
 
-        Sums, and of ``joint`` the rows of all cells that any process has. The gradient of a sum is the sum of the
-        gradients, so that DDP's averaging gives the gradient of one process on the whole batch. Every process must
-        call it; two collectives, and with ``joint`` three more, one of which is waited for: how many cells there are
-        at most. Without an initialised process group it returns the statistics unchanged. ``prediction`` belongs to
-        one process and is dropped.
+        All tables are added up, and ``joint`` gets the rows of all cells that any process has. The gradient of a sum
+        is the sum of the gradients, so that DDP's averaging gives the gradient of one process on the whole batch.
+        Every process must call it. It needs two collectives, and with ``joint`` three more; the host waits for one of
+        these, which tells how many cells a process has at most. Without an initialised process group it returns the
+        statistics unchanged. ``prediction`` belongs to one process and is dropped.
         """
         if not (dist.is_available() and dist.is_initialized()):
             return self
@@ -154,41 +145,35 @@ class BatchStats:
         ]
         confusion = summed.pop() if self.confusion is not None else None
         joint = None if self.joint is None else _merge_joint(self.joint, self.mass, group)
-        named: dict[str, Any] = dict(zip(_SUMMED, summed, strict=True))
+        named: dict[str, Any] = dict(zip(SUMMED, summed, strict=True))
         empty = self.prediction.new_empty(0)
         return BatchStats(**named, prediction=empty, joint=joint, confusion=confusion, synced=True)
 
     def summary(self) -> dict[str, float]:
-        """Scalars for a log; reads the device once (the one synchronisation of this class on one process).
+        """Scalars for a log. On one process this is the only method that waits for the device, and it does so once.
 
         ``accuracy``, ``balanced_accuracy`` (mean over the classes present), ``best_class_accuracy`` and
-        ``worst_class_accuracy`` in [0, 1]; ``samples``, ``invalid`` and ``nonfinite`` as numbers of samples. Without
-        a sample the accuracies are NaN.
+        ``worst_class_accuracy`` are in [0, 1], and NaN without a sample; ``samples``, ``invalid`` and ``nonfinite`` are
+        numbers of samples.
         """
-        count, correct = self.count.sum(0), self.correct.sum(0)
-        accuracy = correct / count  # NaN for absent classes
-        present = count > 0
-        values = torch.stack(
-            [
-                correct.sum() / count.sum(),
-                accuracy.nanmean(),
-                torch.where(present, accuracy, -torch.inf).amax(),
-                torch.where(present, accuracy, torch.inf).amin(),
-                count.sum().to(accuracy.dtype),
-                self.invalid.to(accuracy.dtype),
-                self.nonfinite.to(accuracy.dtype),
-            ]
-        ).tolist()
-        names = ("accuracy", "balanced_accuracy", "best_class_accuracy", "worst_class_accuracy")
-        result = dict(zip((*names, "samples", "invalid", "nonfinite"), values, strict=True))
-        if not result["samples"]:
-            result.update(dict.fromkeys(names, float("nan")))
-        return result
+        tables = self.count.sum(0), self.correct.sum(0), torch.stack([self.invalid, self.nonfinite])
+        count, correct, (invalid, nonfinite) = torch.cat(tables).cpu().split([*(self.mass.shape[1],) * 2, 2])
+        accuracy = rates.accuracies(correct, count)
+        return {
+            "accuracy": float(correct.sum().double() / count.sum()),
+            "balanced_accuracy": float(rates.mean(accuracy)),
+            "best_class_accuracy": float(rates.best(accuracy)),
+            "worst_class_accuracy": float(rates.worst(accuracy)),
+            "samples": float(count.sum()),
+            "invalid": float(invalid),
+            "nonfinite": float(nonfinite),
+        }
 
 
-_VIEWS = ("count", "correct", "predicted", "invalid", "nonfinite")  # in the order of the primitive's counts
-_SUMMED = ("mass", "hit", *_VIEWS)
-_INTEGERS = (*_VIEWS, "confusion")
+SUMS = ("mass", "hit")
+_COUNTS = ("count", "correct", "predicted", "invalid", "nonfinite")
+SUMMED = (*SUMS, *_COUNTS)
+_INTEGERS = (*_COUNTS, "confusion")
 _FLAGS = ("contested", "synced")
 _TENSORS = tuple(f.name for f in fields(BatchStats) if f.name not in _FLAGS)
 

@@ -7,9 +7,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from classfair import _validate as check
-from classfair import ops
+from classfair import backends
 from classfair._state import KeepsPrecision
-from classfair.statistics._merge import State, index_labels, merge_rows, moments_of_slots, zero_state
+from classfair.ops import LabelIndex, SlotMoments, class_moments_merge, label_index
+from classfair.ops import class_moments as moments_by_slot
+from classfair.statistics._covariance import State, merge_covariance
 from classfair.statistics._processes import agree_on_rows, gather_moments, gather_rows, merge_batches
 
 COVARIANCES = ("diag", "full", "none")
@@ -33,6 +35,35 @@ class ClassMoments(NamedTuple):
     nonfinite: Tensor  # () int64, samples left out because of a NaN or an infinity
 
 
+def zero_state(num_classes: int, dim: int, covariance: str, dtype: torch.dtype, device: Any, error: bool) -> State:
+    """The state of no sample."""
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(num_classes, *shape, dtype=dtype, device=device)
+
+    shape = {"diag": (dim,), "full": (dim, dim)}.get(covariance)
+    count = torch.zeros(num_classes, dtype=torch.int64, device=device)
+    return State(count, zeros(dim), None if shape is None else zeros(*shape), zeros(dim) if error else None)
+
+
+def _moments(features: Tensor, index: LabelIndex, state: State, *, variance: bool, backend: str | None) -> SlotMoments:
+    """Moments of a batch in the dtype of the state."""
+    batch, dtype = moments_by_slot(features, index, variance=variance, backend=backend), state.mean.dtype
+    own = None if batch.variance is None else batch.variance.to(dtype)
+    return SlotMoments(batch.count, batch.mean.to(dtype), own, batch.nonfinite)
+
+
+def _merge(features: Tensor, index: LabelIndex, state: State, *, momentum: float | None, backend: str | None) -> Tensor:
+    """Merge a batch into the state; the number of its non-finite rows, () int64."""
+    full = state.cov is not None and state.cov.dim() == 3
+    batch = _moments(features, index, state, variance=state.cov is not None and not full, backend=backend)
+    if full:
+        merge_covariance(features.detach(), index, batch, state, momentum)
+        state = state._replace(cov=None, error=None)
+    class_moments_merge(batch, index.key_of_slot, *state, momentum=momentum, backend=backend)
+    return batch.nonfinite
+
+
 def _check_covariance(function: str, covariance: str, num_classes: int, feature_dim: int) -> None:
     check.check_choice(function, "covariance", covariance, COVARIANCES)
     if covariance == "full" and feature_dim > MAX_FULL_DIM:
@@ -41,6 +72,11 @@ def _check_covariance(function: str, covariance: str, num_classes: int, feature_
             f"{function}: expected covariance 'diag' or 'none' above {MAX_FULL_DIM} features, got 'full', which would"
             f" take {gigabytes:.1f} GB for {num_classes} classes and {feature_dim} features"
         )
+
+
+def _of_index(features: Tensor, backend: str | None) -> str | None:
+    """The same back-end for the index where it can; where not, class_moments says what is wrong with the name."""
+    return backend if backend in backends.usable("label_index", features.device) else None
 
 
 def _check_features(function: str, features: Any, target: Any) -> None:
@@ -103,7 +139,8 @@ def class_moments(
     _check_covariance("class_moments", covariance, num_classes, features.shape[1])
     dtype, device = check.acc_dtype(features), features.device
     state = zero_state(num_classes, features.shape[1], covariance, dtype, device, error=False)
-    nonfinite = merge_rows(features, target, state, momentum=None, ignore_index=ignore_index, backend=backend)
+    index = label_index(target, num_classes, ignore_index=ignore_index, backend=_of_index(features, backend))
+    nonfinite = _merge(features, index, state, momentum=None, backend=backend)
     return ClassMoments(state.count, state.mean, state.cov, nonfinite)
 
 
@@ -186,7 +223,7 @@ class ClassStatistics(KeepsPrecision):
     def update(
         self,
         features: Tensor,
-        target: Tensor,
+        target: Tensor | LabelIndex,
         *,
         process_group: Any = None,
         sync: bool = True,
@@ -196,7 +233,7 @@ class ClassStatistics(KeepsPrecision):
 
         Args:
             features: ``(N, D)`` floating, detached; N may be 0.
-            target: ``(N,)`` int64.
+            target: ``(N,)`` int64; or a ``LabelIndex`` of it that is there already.
             process_group: the processes that share this state; None: the default group, if one is initialised. Each
                 of them must call this, with a batch of any size, and ends with the same state, which is that of one
                 process with all batches together.
@@ -208,7 +245,7 @@ class ClassStatistics(KeepsPrecision):
             TypeError, ValueError: for arguments of another dtype, shape or device.
             IndexError: on the CPU, for a label out of range. On other devices such samples are left out.
         """
-        _check_features("ClassStatistics.update", features, target)
+        _check_features("ClassStatistics.update", features, target.slot if isinstance(target, LabelIndex) else target)
         if features.shape[1] != self.mean.shape[1]:
             raise ValueError(
                 f"ClassStatistics.update: expected features of shape (N, {self.mean.shape[1]}),"
@@ -219,35 +256,34 @@ class ClassStatistics(KeepsPrecision):
                 f"ClassStatistics.update: expected features on the device of the statistics, {self.mean.device},"
                 f" got {features.device}"
             )
+        index = target if isinstance(target, LabelIndex) else self._index(target)
         if not (sync and dist.is_available() and dist.is_initialized() and dist.get_world_size(process_group) > 1):
-            self._merge_rows(features, target)
+            self._merge(features, index)
         elif self.covariance == "full":
             # N rows of D are fewer numbers than M matrices of D x D.
-            self._merge_rows(*gather_rows(features, target, self.ignore_index, process_group, max_batch))
+            labels = torch.where(index.slot >= 0, index.key_of_slot[index.slot.clamp_min(0)], self.ignore_index)
+            features, labels = gather_rows(features, labels, self.ignore_index, process_group, max_batch)
+            self._merge(features, self._index(labels))
         else:
-            self._merge_processes(features, target, process_group, max_batch)
+            self._merge_processes(features, index, process_group, max_batch)
+
+    def _index(self, target: Tensor) -> LabelIndex:
+        backend = _of_index(self.mean, self.backend)
+        return label_index(target, self.count.shape[0], ignore_index=self.ignore_index, backend=backend)
 
     def _state(self) -> State:
         return State(self.count, self.mean, self.cov, self.cov_error)
 
-    def _merge_rows(self, features: Tensor, target: Tensor) -> None:
-        self.nonfinite += merge_rows(
-            features,
-            target,
-            self._state(),
-            momentum=self.momentum,
-            ignore_index=self.ignore_index,
-            backend=self.backend,
-        )
+    def _merge(self, features: Tensor, index: LabelIndex) -> None:
+        self.nonfinite += _merge(features, index, self._state(), momentum=self.momentum, backend=self.backend)
 
-    def _merge_processes(self, features: Tensor, target: Tensor, group: Any, max_batch: int | None) -> None:
+    def _merge_processes(self, features: Tensor, index: LabelIndex, group: Any, max_batch: int | None) -> None:
         state, backend = self._state(), self.backend
-        index = index_labels(target, self.count.shape[0], self.ignore_index, backend)
-        batch = moments_of_slots(features, index, state, variance=self.cov is not None, backend=backend)
+        batch = _moments(features, index, state, variance=self.cov is not None, backend=backend)
         slots = min(agree_on_rows(features, group, max_batch), self.count.shape[0])
         batches, keys = gather_moments(batch, index.key_of_slot, slots, group)
         batch, key = merge_batches(batches, keys, self.count.shape[0], backend)
-        ops.class_moments_merge(batch, key, *state, momentum=self.momentum, backend=backend)
+        class_moments_merge(batch, key, *state, momentum=self.momentum, backend=backend)
         self.nonfinite += batch.nonfinite
 
     @torch.no_grad()

@@ -11,9 +11,9 @@ from classfair.statistics.batch import BatchStats
 def effective_frequency(stats: BatchStats) -> Tensor:
     """Mean probability that the samples of a class give to it: how well it is learnt, 1 at best.
 
-    To be measured on validation data: on training data a network that fits them all has 1 everywhere. Statistics of
-    several batches add up (``stats + stats``), groups are summed over. :func:`effective_counts` makes class counts of
-    it that a re-weighted loss can use.
+    Measure it on validation data: a network that fits all of its training data has 1 everywhere there. Statistics of
+    several batches add up (``stats + stats``), and those of groups are summed. :func:`effective_counts` makes class
+    counts of it that a re-weighted loss can use.
     Source: Cui et al. 2024, "Classes are not equal: an empirical study on image recognition fairness", eq. 11.
 
     Args:
@@ -36,7 +36,7 @@ def effective_frequency(stats: BatchStats) -> Tensor:
     return stats.hit.sum(0) / stats.count.sum(0)
 
 
-#: Of prediction bias.
+#: What :func:`prediction_bias` can divide by.
 NORMALIZE = ("none", "sum", "samples")
 
 
@@ -57,9 +57,10 @@ def prediction_bias(stats: BatchStats, *, normalize: str = "none", by_group: boo
     r"""Probability mass that each class receives from samples of other classes, and from its own.
 
     :math:`G_n(c) = \sum_{i: y_i \ne c} p(c|x_i)` and :math:`G_p(c) = \sum_{i: y_i = c} p(c|x_i)`. A class with much
-    negative mass takes others' samples. With a classifier bias, plain cross-entropy makes
-    :math:`G_n + G_p` the class counts of the training set at convergence (lemma 1).
-    Source: Cui et al. 2024, "Classes are not equal: an empirical study on image recognition fairness", section 3.2.
+    negative mass takes others' samples. With a classifier bias, plain cross-entropy makes :math:`G_n + G_p` the class
+    counts of the training set at convergence (lemma 1).
+    Source: Cui et al. 2024, "Classes are not equal: an empirical study on image recognition fairness", section 4.2,
+    definition 2 (eq. 3 and 4).
 
     Args:
         stats: with hard labels, of one batch or a sum of many.

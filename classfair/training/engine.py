@@ -182,17 +182,16 @@ class Run:
         self.model.eval()
         self.criterion.eval()
         totals = self._totals(joint=True)
-        joint = "group_joint" in totals.state_dict()
         order = EvaluationOrder(self.data.num_val, self.config.val_batch_size, self.processes)
         groups = None if self.data.groups is None else self.data.groups.val
         for batch in self._batches(self.data.val, order, groups):
-            loss, stats = self._loss(self.model, *batch, joint=joint)
+            loss, stats = self._loss(self.model, *batch, joint=totals.joint is not None)
             totals.add(loss, stats.count.sum(), stats)
         return self._merged(totals, "validation")
 
     def _merged(self, totals: Totals, part: str) -> Totals:
         totals.merge(self.processes)
-        if not totals.counts[0].any():
+        if not totals.count.any():
             raise BadImageError(f"expected {part} images that can be read, got none")
         return totals
 

@@ -96,8 +96,7 @@ def per_class_csv(results: list[RunResult]) -> str:
     table.writerow(["loss", "seed", "class", "name", *columns])
     for result in results:
         val = result.val
-        predicted = val.counts[2].tolist()
-        counts = zip(result.train_count, val.count, val.correct, predicted, strict=True)
+        counts = zip(result.train_count, val.count, val.correct, val.predicted, strict=True)
         shares = zip(val.accuracy.tolist(), val.effective_frequency.tolist(), strict=True)
         for label, (row, share) in enumerate(zip(counts, shares, strict=True)):
             table.writerow([result.loss, result.seed, label, result.class_names[label], *row, *share])

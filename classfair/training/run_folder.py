@@ -132,8 +132,8 @@ class RunFolder:
         """Statistics of an epoch by class and by group, and its scalars for TensorBoard where that is installed."""
         pairs = enumerate(zip(now.train.rows(), now.val.rows(), strict=True))
         self._append(f"statistics/{name}.csv", STATISTICS, [[now.epoch, c, *train, *val] for c, (train, val) in pairs])
-        if now.train.groups is not None and now.val.groups is not None:
-            parts = zip(now.train.groups.rows(), now.val.groups.rows(), strict=True)
+        if now.groups:
+            parts = zip(now.train.group_rows(), now.val.group_rows(), strict=True)
             groups = zip(now.groups, parts, strict=False)  # what follows the named ones are images without a group
             rows = [
                 [now.epoch, group, c, *train, *val]

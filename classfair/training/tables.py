@@ -11,8 +11,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from classfair.training import group_measures
+from classfair.training import totals
 from classfair.training.config import TrainConfig
+from classfair.training.group_measures import NEED_JOINT
 from classfair.training.run_folder import json_ready
 from classfair.training.totals import COLUMNS, RunResult, group_columns, summarise
 
@@ -90,12 +91,12 @@ def _group_table(results: list[RunResult], summary: dict[str, Any], config: Trai
 
 def _left_out(result: RunResult, part: str) -> str:
     """What is said of penalties of the whole set that nothing was kept for; nothing if all are there."""
-    if not result.groups or result.val.groups is None or result.val.groups.joint is not None:
+    if not result.groups or result.val.joint is not None:
         return ""
     classes = len(result.class_names)
     return (
-        f"{part} penalties {' and '.join(group_measures.NEED_JOINT)} are left out: their table of {classes} x "
-        f"{len(result.groups)} x {classes} numbers is above {group_measures.MAX_TABLE_BYTES / 2**20:.3g} MiB"
+        f"{part} penalties {' and '.join(NEED_JOINT)} are left out: their table of {classes} x "
+        f"{len(result.groups)} x {classes} numbers is above {totals.MAX_TABLE_BYTES / 2**20:.3g} MiB"
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -11,20 +11,28 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from classfair import BatchStats, metrics
+from classfair import metrics
+from classfair.statistics import BatchStats, JointRows, effective_frequency
+from classfair.statistics.batch import SUMMED
 from classfair.training.config import TrainConfig
 from classfair.training.distributed import Processes
-from classfair.training.group_measures import GROUP_COLUMNS, GroupTotals, measures
+from classfair.training.group_measures import GROUP_COLUMNS, measures
 
 COLUMNS = ("many", "medium", "few", "all", "geometric_mean", "worst_class")
-CLASS_COLUMNS = ("count", "correct", "predicted", "mass", "hit")
+COUNTS = ("count", "correct", "predicted")
+SUMS = ("mass", "hit")
+CLASS_COLUMNS = (*COUNTS, *SUMS)
+#: Of the table by label, named group and class that equalized odds of a whole set needs: C = 1000 with two groups fits.
+MAX_TABLE_BYTES = 16 * 2**20
 
 
 class Totals:
     """Sums over the images of an epoch, of all processes after :meth:`merge`. They stay on the device.
 
-    With groups also by group, where ``groups`` counts images without one as one more group, the last; ``named``, all
-    of them unless told otherwise, does not.
+    ``stats`` has a row for each group, and a single one where ``groups`` is 0. ``groups`` counts images without a group
+    as one more, the last; ``named`` does not, and is all of them unless told otherwise. ``joint`` is the table by
+    label, named group and class that equalized odds of a whole set needs; it is None where nobody asked for it or it
+    would take more than MAX_TABLE_BYTES.
     """
 
     def __init__(
@@ -36,37 +44,53 @@ class Totals:
         joint: bool = False,
         named: int | None = None,
     ) -> None:
-        self.counts = torch.zeros(3, num_classes, dtype=torch.int64, device=device)  # count, correct, predicted
-        self.sums = torch.zeros(2, num_classes, dtype=torch.float64, device=device)  # mass, hit
+        self.groups, self.named = groups, groups if named is None else named
+        self.stats = BatchStats.zeros(max(groups, 1), num_classes, device)
         self.loss = torch.zeros(2, dtype=torch.float64, device=device)  # of losses, of their weights
-        self.groups = GroupTotals(groups, num_classes, device, joint=joint, named=named) if groups else None
+        cells = num_classes * self.named
+        fits = joint and cells and cells * num_classes * 8 <= MAX_TABLE_BYTES
+        self.joint = torch.zeros(cells, num_classes, dtype=torch.float64, device=device) if fits else None
 
+    @torch.no_grad()
     def add(self, loss: Tensor, weight: Tensor, stats: BatchStats) -> None:
-        """Add a batch: sum of its losses, sum of their weights, statistics (1, C) or by group."""
-        stats = stats.detach()  # a sum would keep the graphs of the whole epoch
-        self.counts += torch.stack([stats.count, stats.correct, stats.predicted]).sum(1)
-        self.sums += torch.stack([stats.mass, stats.hit]).sum(1)
-        self.loss += torch.stack([loss.detach(), weight])
-        if self.groups is not None:
-            self.groups.add(stats)
+        """Add a batch by the sum of its losses, the sum of their weights, and its statistics."""
+        self.stats = self.stats + stats
+        self.loss = self.loss + torch.stack([loss, weight])
+        if self.joint is not None:
+            assert stats.joint is not None
+            label, group = stats.joint.cell // self.groups, stats.joint.cell % self.groups
+            # Rows of images without a group are added as zeros, which unused rows are already.
+            rows = stats.joint.rows.double().masked_fill((group >= self.named)[:, None], 0.0)
+            self.joint.index_add_(0, label * self.named + group.clamp(max=self.named - 1), rows)
 
     def merge(self, processes: Processes) -> Totals:
-        for part in self.state_dict().values():
-            processes.sum_(part)
+        """Add up the sums of all processes, in place."""
+        for name in SUMMED:
+            processes.sum_(getattr(self.stats, name))
+        for part in (self.loss, self.joint):
+            if part is not None:
+                processes.sum_(part)
         return self
 
     def state_dict(self) -> dict[str, Tensor]:
-        groups = {} if self.groups is None else self.groups.state_dict()
-        return {"counts": self.counts, "sums": self.sums, "loss": self.loss, **groups}
+        counts = torch.stack([getattr(self.stats, name) for name in COUNTS])  # (3, G, C)
+        sums = torch.stack([getattr(self.stats, name) for name in SUMS])  # (2, G, C)
+        state = {"counts": counts.sum(1), "sums": sums.sum(1), "loss": self.loss}
+        if self.groups:
+            state |= {"group_counts": counts, "group_sums": sums}
+        return state if self.joint is None else {**state, "group_joint": self.joint}
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor]) -> Totals:
-        groups = state["group_counts"].shape[1] if "group_counts" in state else 0
-        num_classes, joint = state["counts"].shape[1], state.get("group_joint")
+        joint, grouped = state.get("group_joint"), "group_counts" in state
+        counts = state["group_counts"] if grouped else state["counts"][:, None]
+        sums = state["group_sums"] if grouped else state["sums"][:, None]
+        groups, num_classes = counts.shape[1:]
         named = None if joint is None else len(joint) // num_classes
-        totals = cls(num_classes, groups=groups, joint=joint is not None, named=named)
-        for name, part in totals.state_dict().items():
-            part.copy_(state[name])
+        totals = cls(num_classes, groups=groups if grouped else 0, named=named)
+        tables = dict(zip((*COUNTS, *SUMS), (*counts, *sums), strict=True))
+        totals.stats = replace(totals.stats, **tables)
+        totals.loss, totals.joint = state["loss"], None if joint is None else joint.clone()
         return totals
 
     @property
@@ -75,11 +99,15 @@ class Totals:
 
     @property
     def count(self) -> NDArray[np.int64]:
-        return self.counts[0].cpu().numpy()
+        return self.stats.count.sum(0).cpu().numpy()
 
     @property
     def correct(self) -> NDArray[np.int64]:
-        return self.counts[1].cpu().numpy()
+        return self.stats.correct.sum(0).cpu().numpy()
+
+    @property
+    def predicted(self) -> NDArray[np.int64]:
+        return self.stats.predicted.sum(0).cpu().numpy()
 
     @property
     def accuracy(self) -> NDArray[np.float64]:
@@ -88,20 +116,27 @@ class Totals:
     @property
     def effective_frequency(self) -> NDArray[np.float64]:
         """Mean probability of the true class, (C,) ("Classes Are Not Equal", eq. 11); nan for absent classes."""
-        count = self.counts[0]
-        return torch.where(count > 0, self.sums[1] / count, math.nan).cpu().numpy()
+        return effective_frequency(self.stats).cpu().numpy()
 
     def by_group(self, names: list[str]) -> dict[str, Any]:
         """:func:`measures` of the named groups."""
-        assert self.groups is not None
-        return measures(self.groups, len(names))
+        return measures(self._first_groups(len(names)))
+
+    def _first_groups(self, groups: int) -> BatchStats:
+        """Statistics of the first groups, as one batch, on the CPU."""
+        stats = replace(self.stats, **{name: getattr(self.stats, name)[:groups].cpu() for name in CLASS_COLUMNS})
+        if self.joint is None:
+            return stats
+        num_classes = self.joint.shape[1]
+        rows = self.joint.view(num_classes, self.named, num_classes)[:, :groups].flatten(0, 1).cpu()
+        return replace(stats, joint=JointRows(rows, torch.arange(len(rows)), torch.tensor(len(rows))))
 
     def summary(self, prefix: str, groups: list[str]) -> dict[str, float]:
         """Scalars of the epoch for logs."""
         accuracy = self.accuracy
         scalars = {
             f"{prefix}_loss": self.mean_loss,
-            f"{prefix}_accuracy": float(self.counts[1].sum() / self.counts[0].sum()),
+            f"{prefix}_accuracy": float(self.correct.sum() / self.count.sum()),
             f"{prefix}_balanced_accuracy": metrics.balanced_accuracy(accuracy),
             f"{prefix}_worst_class_accuracy": metrics.worst_class_accuracy(accuracy),
         }
@@ -114,8 +149,16 @@ class Totals:
 
     def rows(self) -> list[list[Any]]:
         """One row of CLASS_COLUMNS per class."""
-        columns = [*self.counts.tolist(), *self.sums.tolist()]
-        return [list(row) for row in zip(*columns, strict=True)]
+        return _rows([getattr(self.stats, name).sum(0) for name in CLASS_COLUMNS])
+
+    def group_rows(self) -> list[list[list[Any]]]:
+        """For each group one row of CLASS_COLUMNS per class."""
+        tables = [getattr(self.stats, name) for name in CLASS_COLUMNS]
+        return [_rows(list(group)) for group in zip(*tables, strict=True)]
+
+
+def _rows(columns: list[Tensor]) -> list[list[Any]]:
+    return [list(row) for row in zip(*(column.tolist() for column in columns), strict=True)]
 
 
 @dataclass(frozen=True)

@@ -81,38 +81,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> label_index_cpu(Tensor target
   return {slot, key_of_slot, order, start, num_slots};
 }
 
-// Numbers anew the cells whose label has a second cell; cells of a label are neighbours.
-std::tuple<Tensor, Tensor, Tensor> contested_cells_cpu(Tensor slot, Tensor key_of_slot, Tensor num_slots,
-                                                       int64_t num_groups) {
-  STD_TORCH_CHECK(num_groups > 0, "contested_cells: expected num_groups >= 1");
-  const int64_t rows = slot.numel(), capacity = key_of_slot.numel();
-  const int64_t used = *static_cast<const int64_t*>(num_slots.data_ptr());
-  const int64_t* slots = static_cast<const int64_t*>(slot.data_ptr());
-  const int64_t* key_of = static_cast<const int64_t*>(key_of_slot.data_ptr());
-  Tensor slot_out = allocate<1>(slot, {rows}, ScalarType::Long);
-  Tensor key_out = allocate<1>(slot, {capacity}, ScalarType::Long);
-  Tensor num_out = allocate<0>(slot, {}, ScalarType::Long);
-  int64_t* keys = static_cast<int64_t*>(key_out.data_ptr());
-  std::vector<int64_t> number(used, -1);
-  int64_t contested = 0;
-  const auto same_label = [&](int64_t a, int64_t b) { return key_of[a] / num_groups == key_of[b] / num_groups; };
-  for (int64_t s = 0; s < used; ++s) {
-    if (!(s > 0 && same_label(s, s - 1)) && !(s + 1 < used && same_label(s, s + 1))) continue;
-    keys[contested] = key_of[s];
-    number[s] = contested++;
-  }
-  std::fill(keys + contested, keys + capacity, 0);
-  std::transform(slots, slots + rows, static_cast<int64_t*>(slot_out.data_ptr()),
-                 [&](int64_t s) { return s < 0 ? int64_t(-1) : number[s]; });
-  *static_cast<int64_t*>(num_out.data_ptr()) = contested;
-  return {slot_out, key_out, num_out};
-}
-
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(classfair_native, CPU, m) {
-  m.impl("label_index", TORCH_BOX(&label_index_cpu));
-  m.impl("contested_cells", TORCH_BOX(&contested_cells_cpu));
-}
+STABLE_TORCH_LIBRARY_IMPL(classfair_native, CPU, m) { m.impl("label_index", TORCH_BOX(&label_index_cpu)); }
 
 }  // namespace classfair

@@ -100,6 +100,22 @@ def test_sum_of_batches_is_the_statistics_of_all():
         whole + cross_entropy_with_stats(logits, target)[1]
 
 
+def test_a_sum_is_exact_and_keeps_gradients():
+    logits, target, group = batch()
+    logits.requires_grad_()
+    _, stats = cross_entropy_with_stats(logits, target, group=group, num_groups=3)
+    total = BatchStats.zeros(3, 5) + stats + stats
+    for name in ("mass", "hit"):
+        assert torch.equal(getattr(total, name), 2 * getattr(stats, name).double())
+    for name in ("count", "correct", "predicted", "invalid", "nonfinite"):
+        assert getattr(total, name).dtype == torch.int64
+        assert torch.equal(getattr(total, name), 2 * getattr(stats, name))
+    (gradient,) = torch.autograd.grad(total.mass.square().sum(), logits)
+    _, again = cross_entropy_with_stats(logits, target, group=group, num_groups=3)
+    (expected,) = torch.autograd.grad(4 * again.mass.square().sum(), logits)
+    torch.testing.assert_close(gradient, expected)
+
+
 def test_is_a_pytree_and_detaches():
     logits, target, group = batch()
     _, stats = cross_entropy_with_stats(logits.requires_grad_(), target, group=group, num_groups=3, joint=True)

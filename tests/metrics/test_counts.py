@@ -15,7 +15,7 @@ import classfair.metrics as metrics
 NAN = float("nan")
 
 
-@pytest.mark.parametrize("name", ["counts", "base", "accuracy", "splits", "bias", "groups", "scores", "wrappers"])
+@pytest.mark.parametrize("name", ["counts", "base", "accuracy", "splits", "bias", "groups", "wrappers"])
 def test_doctests(name):
     module = importlib.import_module(f"classfair.metrics.{name}")
     names = {"torch": torch, "classfair": classfair}

@@ -8,8 +8,8 @@ import pytest
 import torch
 from fairlearn import metrics as fairlearn
 from scipy.stats import binomtest
-from sklearn.metrics import confusion_matrix, jaccard_score, roc_auc_score
-from torchmetrics.classification import MulticlassCalibrationError, MulticlassJaccardIndex
+from sklearn.metrics import confusion_matrix, jaccard_score
+from torchmetrics.classification import MulticlassJaccardIndex
 
 import classfair.metrics as cm
 from classfair import cross_entropy_with_stats, prediction_bias
@@ -18,13 +18,10 @@ from tests.support.metric_cases import (
     GROUPS,
     MAKERS,
     REFERENCE,
-    SCORES,
-    STATISTICS,
     TRAIN_COUNT,
     Forbidden,
     assert_same,
     samples,
-    update,
     values,
 )
 
@@ -188,93 +185,10 @@ def test_soft_iou_by_hand():
     np.testing.assert_allclose(metric.compute(), expected)
 
 
-@pytest.mark.parametrize("average", ["macro", "weighted"])
-@pytest.mark.parametrize("multi_class", ["ovr", "ovo"])
-def test_auroc_against_scikit_learn(multi_class, average):
-    logits, target, _ = samples()
-    metric = cm.AUROC(CLASSES, multi_class=multi_class, average=average)
-    for rows in (slice(0, 30), slice(30, 30), slice(30, 200)):
-        metric.update(logits[rows], target[rows])
-    expected = roc_auc_score(target, logits.double().softmax(1), multi_class=multi_class, average=average)
-    assert metric.compute().item() == pytest.approx(expected, abs=1e-6)
-
-
-def test_binary_auroc_and_undefined_ones():
-    logits, target, _ = samples(classes=2)
-    metric = cm.AUROC(2)
-    metric.update(logits, target)
-    assert metric.compute().item() == pytest.approx(roc_auc_score(target, (logits[:, 1] - logits[:, 0])), abs=1e-6)
-    alone = cm.AUROC(2)
-    alone.update(logits, torch.zeros_like(target))
-    assert math.isnan(alone.compute())
-    per_class = cm.AUROC(3, average="none")
-    logits, target, _ = samples(classes=3)
-    per_class.update(logits, target.clamp_max(1))
-    assert per_class.compute().isnan().tolist() == [False, False, True]
-
-
-def test_auroc_ranks_confident_models_by_log_odds():
-    torch.manual_seed(0)
-    target = torch.randint(0, 2, (20000,))
-    margin = torch.randn(20000) * 15 + 8 * (2 * target - 1).float() + 15  # p(1|x) rounds to 1 for many
-    metric = cm.AUROC(2)
-    metric.update(torch.stack([torch.zeros(20000), margin], 1), target)
-    assert metric.compute().item() == pytest.approx(roc_auc_score(target, margin), abs=1e-7)
-    assert metric.compute() > 0.77
-
-
-def test_auroc_of_confident_models_of_many_classes():
-    logits, target, _ = samples(1000)
-    logits = 200 * logits
-    logits[torch.rand(logits.shape) < 0.1] = -torch.inf
-    logits[:, 0] = logits[:, 0].nan_to_num(neginf=0.0)  # else it may be that all are -inf
-    logits[500:600] = logits[:100]
-    exact = logits.double()
-    for c, value in enumerate(auroc_per_class(logits, target)):
-        others = torch.cat([exact[:, :c], exact[:, c + 1 :]], 1).logsumexp(1)
-        odds = (exact[:, c] - others).clamp(-1e30, 1e30)
-        assert value == pytest.approx(roc_auc_score(target == c, odds), abs=1e-6)
-
-
-def test_auroc_counts_ties_by_half():
-    logits = torch.tensor([[2.0, 2.0], [-3.0, -3.0], [-torch.inf, 1.0], [-torch.inf, 500.0], [1.0, -torch.inf]])
-    target = torch.tensor([0, 1, 0, 1, 0])
-    scores = [0.5, 0.5, 1, 1, 0]
-    assert auroc_per_class(logits, target)[1] == pytest.approx(roc_auc_score(target, scores), abs=1e-7)
-
-
-def auroc_per_class(logits, target):
-    metric = cm.AUROC(logits.shape[1], average="none")
-    metric.update(logits, target)
-    return metric.compute().tolist()
-
-
-@pytest.mark.parametrize("norm", ["l1", "l2", "max"])
-def test_calibration_error_equals_torchmetrics(norm):
-    logits, target, _ = samples(1000)
-    logits[:20] *= 1000  # confidence exactly 1
-    ours, theirs = cm.CalibrationError(CLASSES, norm=norm), MulticlassCalibrationError(CLASSES, norm=norm)
-    for rows in (slice(0, 300), slice(300, 1000)):
-        ours.update(logits[rows], target[rows])
-        theirs.update(logits[rows], target[rows])
-    assert ours.compute().item() == pytest.approx(theirs.compute().item(), rel=1e-5)
-
-
-def test_calibration_of_each_predicted_class():
-    logits, target, _ = samples(1000)
-    metric = MAKERS["calibration-class"]()
-    metric.update(logits, target)
-    for c in range(CLASSES):
-        rows = logits.argmax(1) == c
-        one = MAKERS["calibration"]()
-        one.update(logits[rows], target[rows])
-        assert metric.compute()[c] == one.compute()
-
-
 # --- inputs -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", STATISTICS)
+@every_metric
 def test_statistics_of_the_loss_give_the_same(name):
     logits, target, group = samples()
     direct, saved, plain = (MAKERS[name]() for _ in range(3))
@@ -293,16 +207,15 @@ def test_batches_equal_the_whole(name):
     logits, target, group = samples()
     target[7], target[50] = -100, -100
     whole, parts, forward = (MAKERS[name]() for _ in range(3))
-    update(whole, name, logits, target, group)
+    whole.update(logits, target, group)
     for rows in (slice(0, 17), slice(17, 17), slice(17, 180), slice(180, 200)):
-        update(parts, name, logits[rows], target[rows], group[rows])
-        arguments = (logits[rows], target[rows], group[rows])
-        forward(*arguments[: 2 if name in SCORES else 3])
+        parts.update(logits[rows], target[rows], group[rows])
+        forward(logits[rows], target[rows], group[rows])
     assert_same(parts.compute(), whole.compute())
     assert_same(forward.compute(), whole.compute())
 
 
-@pytest.mark.parametrize("name", sorted(set(STATISTICS) - {"bias", "frequency", "stats", "odds-group"}))
+@pytest.mark.parametrize("name", sorted(MAKERS.keys() - {"bias", "frequency", "stats", "odds-group"}))
 def test_labels_instead_of_logits(name):
     if name in ("parity-soft", "iou-group"):
         with pytest.raises(ValueError, match="expected preds 'logits' or 'probabilities', got 'labels'"):
@@ -321,8 +234,8 @@ def test_probabilities_instead_of_logits(name):
     logits, target, group = samples()
     logits[0, 1:] = -torch.inf
     a, b = MAKERS[name](), MAKERS[name](preds="probabilities")
-    update(a, name, logits, target, group)
-    update(b, name, logits.softmax(1), target, group)
+    a.update(logits, target, group)
+    b.update(logits.softmax(1), target, group)
     for x, y in zip(values(a.compute()), values(b.compute()), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-5)
 
@@ -330,8 +243,6 @@ def test_probabilities_instead_of_logits(name):
 PROBABILITIES = {  # of the classes that read them in different ways
     "statistics": lambda **k: cm.PredictionBias(2, preds="probabilities", **k),
     "groups": lambda **k: cm.DemographicParity(2, 2, soft=True, preds="probabilities", **k),
-    "auroc": lambda **k: cm.AUROC(2, preds="probabilities", **k),
-    "calibration": lambda **k: cm.CalibrationError(2, preds="probabilities", **k),
 }
 NO_PROBABILITIES = {"negative": [-0.25, 1.25], "above": [0.5, 0.502], "below": [0.0, 0.0], "logits": [3.0, -1.0]}
 NO_PROBABILITIES["infinite"] = [math.inf, 0.0]
@@ -379,16 +290,6 @@ def test_a_softmax_of_any_dtype_is_probabilities(classes, dtype):
     assert metric.count.sum() == 50
 
 
-def test_labels_of_scores_out_of_range_are_counted():
-    logits, target, _ = samples()
-    target[:3] = torch.tensor([-100, -1, CLASSES])
-    logits[3] = math.nan
-    for name in SCORES:
-        metric = MAKERS[name]()
-        metric.update(logits, target)
-        assert (metric.invalid, metric.nonfinite) == (2, 1)
-
-
 def test_pixels_are_samples():
     logits, target, group = samples(120)
     a, b = MAKERS["odds"](), MAKERS["odds"]()
@@ -396,11 +297,6 @@ def test_pixels_are_samples():
     shaped = logits.view(2, 6, 10, CLASSES).permute(0, 3, 1, 2)
     b.update(shaped, target.view(2, 6, 10), group.view(2, 6, 10))
     assert_same(a.compute(), b.compute(), exact=True)
-    for name in SCORES:
-        a, b = MAKERS[name](), MAKERS[name]()
-        a.update(logits, target)
-        b.update(shaped, target.view(2, 6, 10))
-        assert_same(a.compute(), b.compute())
 
 
 def test_rows_that_do_not_count():
@@ -410,8 +306,8 @@ def test_rows_that_do_not_count():
     for name in MAKERS:
         a, b = MAKERS[name](), MAKERS[name]()
         rows = slice(2, None) if getattr(a, "num_groups", 1) == 1 else kept  # one group: no row is without it
-        update(a, name, logits, target, group)
-        update(b, name, logits[rows], target[rows], group[rows])
+        a.update(logits, target, group)
+        b.update(logits[rows], target[rows], group[rows])
         assert_same(a.compute(), b.compute())
     assert MAKERS["balanced"]().nonfinite == 0
     metric = MAKERS["balanced"]()
@@ -426,7 +322,7 @@ def test_rows_that_do_not_count():
 def test_no_sample_is_nan_and_no_exception(name):
     none = MAKERS[name]()
     nothing = MAKERS[name]()
-    update(nothing, name, torch.zeros(0, CLASSES), *(torch.zeros(2, 0, dtype=torch.int64)))
+    nothing.update(torch.zeros(0, CLASSES), *(torch.zeros(2, 0, dtype=torch.int64)))
     for metric in (none, nothing):
         result = metric.compute()
         floats = [v for v in values(result) if v.dtype.kind == "f"]
@@ -442,7 +338,7 @@ def test_an_absent_class_and_an_empty_group(name):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         metric = MAKERS[name]()
-        update(metric, name, logits, target, group)
+        metric.update(logits, target, group)
         result = metric.compute()
     if not isinstance(result, dict) and result.dim() == 0:
         assert not result.isnan()
@@ -463,9 +359,6 @@ def test_one_class_and_one_group():
         metric.update(logits, target)
     for metric in (sigma, parity, odds):
         assert math.isnan(metric.compute())  # nothing to compare
-    calibration = cm.CalibrationError(1)
-    calibration.update(logits, target)
-    assert calibration.compute() == 0
 
 
 def test_area_of_false_positives_without_one_is_nan():

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from classfair import backends
+from classfair._schema import Scalars, Tensors
 
 pytestmark = pytest.mark.skipif("_C" in backends.load_errors, reason="no compiled CPU kernels")
 
@@ -27,15 +28,12 @@ def test_build_info():
 
 def exponential(x):
     """exp as the kernels compute it: with an upstream gradient of lse only and lse = 0, the gradient is exp(z)."""
-    rows, classes = x.shape
-    none = [None] * 10
-    target = torch.full((rows,), 0)
-    arguments = [x, None, None, None, target, *none[:7]]
-    zero = torch.zeros(rows, dtype=torch.float64)
-    scalars = (1, 0, classes, 0, -100, 0.0, 0.0, 0)
-    one = torch.ones(rows, dtype=torch.float64)
+    rows = x.shape[0]
+    tensors = Tensors(x, target=torch.zeros(rows, dtype=torch.int64))
+    zero, one = torch.zeros(rows, dtype=torch.float64), torch.ones(rows, dtype=torch.float64)
+    upstream = (None, one, None, None, None, None)
     return torch.ops.classfair_native.softmax_loss_bwd(
-        None, one, None, None, None, *arguments, zero, zero[:0], *scalars, False, False, False
+        *upstream, *tensors, zero, zero[:0], *Scalars(), False, False, False
     )[0]
 
 

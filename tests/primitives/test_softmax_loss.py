@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from classfair import backends
+from classfair._schema import Scalars, Tensors
 from classfair.ops import softmax_loss
 from tests.support.cases import ALL_HARD, CASES, DIFFERENTIABLE, Case
 from tests.support.conformance import GRADIENT_SOURCES, as_truth, cast, check_case, check_inputs, run, upstream
@@ -229,8 +230,7 @@ def test_values_only_statistics_cost_no_gradient(backend, device):
 def test_unwanted_outputs_are_empty_and_do_not_alias(backend, device):
     x = cast(Case("bare", (9, 6)).build(), torch.float32, device)
     operator = backends.namespace(backend).softmax_loss_fwd
-    none = [None] * 9
-    out = operator(x["logits"], None, None, None, x["target"], *none, 1, 0, 6, 0, -100, 0.0, 0.0, 0)
-    assert [t.numel() for t in out] == [9, 9, 0, 0, 0, 0, 0, 0, 1]
+    out = operator(*Tensors(x["logits"], target=x["target"]), *Scalars())
+    assert [t.numel() for t in out] == [9, 9, 0, 0, 0, 0, 0, 0, 1, 1]
     storages = [t.untyped_storage()._cdata for t in out]
     assert len(set(storages)) == len(storages)

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.utils import _pytree as pytree
 
 import classfair
+from classfair._schema import Scalars, Tensors
 from classfair.ops import softmax_loss
 from tests.support.cases import CASES
 from tests.support.conformance import cast
@@ -18,49 +20,26 @@ OPCHECK = [c for c in CASES if c.id in ("plain-3x31", "all", "dense-all", "strid
 
 def _raw_arguments(case, device):
     x = cast(case.build(), torch.float32, device)
-    names = [
-        "logits",
-        "offset",
-        "margin",
-        "pair",
-        "target",
-        "target_b",
-        "mix",
-        "soft_target",
-        "slot",
-        "weight",
-        "group",
-        "cell",
-    ]
-    tensors = [x.get(n) for n in names]
-    scalars = [
-        x.get("num_groups", 1),
-        x.get("num_cells", 0),
-        x["logits"].shape[1],
-        0,
-        x.get("ignore_index", -100),
-        x.get("label_smoothing", 0.0),
-        x.get("gamma", 0.0),
-        x["stats"],
-    ]
-    return tensors, scalars, x
+    tensors = Tensors(**{name: x[name] for name in Tensors._fields if name in x})
+    return tensors, Scalars(**{name: x[name] for name in Scalars._fields if name in x})
 
 
 @each_kernel
 @pytest.mark.parametrize("case", OPCHECK, ids=lambda c: c.id)
 def test_opcheck(case, backend, device):
     ops = getattr(torch.ops, f"classfair_{backend}")
-    tensors, scalars, x = _raw_arguments(case, device)
-    torch.library.opcheck(ops.softmax_loss_fwd.default, (*tensors, None, None, *scalars))
-    out = ops.softmax_loss_fwd(*tensors, None, None, *scalars)
-    loss, lse, _, _, mass, hit, joint, _, _ = (torch.rand_like(o) if o.is_floating_point() else o for o in out)
-    if not x["stats"]:
+    t, s = _raw_arguments(case, device)
+    torch.library.opcheck(ops.softmax_loss_fwd.default, (*t, *s))
+    out = ops.softmax_loss_fwd(*t, *s)
+    loss, lse, _, _, mass, hit, joint, *_ = (torch.rand_like(o) if o.is_floating_point() else o for o in out)
+    if not s.stats:
         mass = hit = None
-    if x.get("cell") is None:
+    if t.cell is None:
         joint = None
-    wants = [x.get(n) is not None for n in ("offset", "margin", "pair")]
-    arguments = (loss, lse, mass, hit, joint, *(t.detach() if t is not None else None for t in tensors))
-    torch.library.opcheck(ops.softmax_loss_bwd.default, (*arguments, out[1], out[2], *scalars, *wants))
+    wants = [tensor is not None for tensor in (t.offset, t.margin, t.pair)]
+    tensors = (tensor.detach() if tensor is not None else None for tensor in t)
+    upstream = (loss, lse, mass, hit, joint, None if mass is None else mass.new_tensor(2.0))
+    torch.library.opcheck(ops.softmax_loss_bwd.default, (*upstream, *tensors, out[1], out[2], *s, *wants))
 
 
 @each_kernel
@@ -99,7 +78,7 @@ def test_compile_without_graph_breaks(compiler, dynamic):
 
 def test_one_compilation_serves_batches_of_many_sizes():
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     compiled = torch.compile(classfair.cross_entropy, fullgraph=True, dynamic=True, backend=counter)
     for rows in (4, 7, 9, 12, 31):
         compiled(torch.randn(rows, 5), torch.zeros(rows, dtype=torch.int64))

@@ -72,8 +72,8 @@ def _weight(x: Inputs, g: torch.Generator, rows: int, num_classes: int, labels: 
 
 
 def _sample_weight(x: Inputs, g: torch.Generator, rows: int, num_classes: int, labels: Tensor) -> None:
-    x["sample_weight"] = 3 * _uniform(g, rows)
-    x["sample_weight"][::4] = 0.0
+    x["sample_weight"] = 2 * _uniform(g, rows)
+    x["sample_weight"][3::8] = 0.0
 
 
 def _smoothing(x: Inputs, g: torch.Generator, rows: int, num_classes: int, labels: Tensor) -> None:
@@ -159,7 +159,7 @@ FEATURES: dict[str, Callable[[Inputs, torch.Generator, int, int, Tensor], None]]
     "many_groups": _many_groups,
     "joint": _joint,
 }
-ALL_HARD = ("offset", "margin", "rows", "weight", "sample_weight", "smoothing", "focal", "group", "joint")
+ALL_HARD = ("offset", "margin", "rows", "weight", "smoothing", "focal", "group", "joint")
 
 
 def _set(rows: slice, value: float, columns: slice = slice(None)) -> Edit:
@@ -244,6 +244,7 @@ def _cases() -> list[Case]:
     cases += [
         Case("narrow-broken", (67, 3), ("ignore", *narrow), 2, edit=_broken_rows),
         Case("narrow-3d", (3, 2, 21), ("ignore", *narrow), 2),
+        Case("narrow-sample-weight", (67, 3), ("ignore", "sample_weight", *narrow), 2, edit=_broken_rows),
         Case("narrow-ties", (40, 4), ("group",), 2, scale=0.0),
         Case("narrow-confident", (40, 3), ("group",), 2, edit=_confident),
     ]
@@ -261,20 +262,14 @@ def _cases() -> list[Case]:
             "groups-many-nan", (70, 301), ("ignore", "many_groups"), 2, edit=_set(slice(40, 44), torch.nan, slice(4, 5))
         ),
         Case("all-values-only", (40, 19), ALL_HARD, 1),
-        Case(
-            "dense-all",
-            (9, 6),
-            ("dense", "offset", "weight", "sample_weight", "smoothing", "group", "joint"),
-            2,
-            small=True,
-        ),
-        Case(
-            "mixed-all",
-            (40, 19),
-            ("mixed_ignore", "offset", "weight", "sample_weight", "smoothing", "focal", "group"),
-            2,
-        ),
+        Case("dense-all", (9, 6), ("dense", "offset", "weight", "smoothing", "group", "joint"), 2, small=True),
+        Case("mixed-all", (40, 19), ("mixed_ignore", "offset", "weight", "smoothing", "focal", "group"), 2),
         Case("share-all", (40, 19), ("share", "offset", "margin", "table", "weight", "smoothing", "group"), 2),
+        Case("sample-weight-all", (40, 19), ("sample_weight", *ALL_HARD), 2),
+        Case("sample-weight-mixed", (40, 19), ("mixed_ignore", "sample_weight", "offset", "weight", "smoothing"), 2),
+        Case("sample-weight-dense", (9, 6), ("dense", "sample_weight", "weight", "smoothing"), 2, small=True),
+        Case("sample-weight-0-of-inf", (8, 9), ("sample_weight",), 2, edit=_true_class_masked),
+        Case("strided-3d-sample-weight", (3, 5, 20), ("sample_weight", "offset", "group"), 2),
         Case("strided-3d", (3, 5, 4), ("offset", "margin", "rows", "weight", "smoothing", "group"), 2, small=True),
         Case("strided-3d-dense", (3, 5, 20), ("dense", "weight", "smoothing"), 2),
         Case("strided-3d-many", (4, 19, 50), ALL_HARD, 2),
@@ -289,7 +284,6 @@ def _cases() -> list[Case]:
         Case("huge", (16, 33), (), 2, scale=1e4),
         Case("masked", (16, 33), ("offset", "rows"), 2, edit=_masked),
         Case("true-class-masked", (8, 9), (), 2, edit=_true_class_masked),
-        Case("true-class-masked-weighted", (8, 9), ("sample_weight",), 2, edit=_true_class_masked),
         Case("true-class-masked-focal", (8, 9), ("focal",), 0, edit=_true_class_masked),
         Case("dead-row", (8, 33), ("offset", "smoothing"), 2, edit=_set(slice(2, 4), -torch.inf)),
         Case("nan", (8, 33), ("offset",), 2, edit=_set(slice(2, 3), torch.nan, slice(4, 5))),

@@ -10,11 +10,11 @@ import torch
 
 import classfair
 from classfair.cli import main
-from classfair.metrics._formulas import between_groups
+from classfair.statistics.rates import between_groups
 from classfair.training import Processes, TrainConfig, train
 from classfair.training.batches import Data, Groups, TensorBatches, load_data
 from classfair.training.engine import Run
-from classfair.training.group_measures import PENALTIES, GroupTotals, measures, penalty
+from classfair.training.group_measures import PENALTIES, penalty
 from classfair.training.group_table import check_for_penalty, read_groups
 from classfair.training.totals import Totals
 from tests.training.test_resume import assert_equal, interrupt
@@ -130,13 +130,13 @@ def test_every_kind_of_loss_takes_a_penalty(loss):
 
 def test_measures_by_hand():
     """Two classes. Group 0: 3 of class 0, all found, 1 of class 1 found. Group 1: 2 of each, all predicted 1."""
-    totals = GroupTotals(3, 2, joint=True)  # the third is of images without a group
+    totals = Totals(2, groups=3, joint=True)  # the third is of images without a group
     logits = torch.tensor([[9.0, 0.0]] * 3 + [[0.0, 9.0]] * 5 + [[9.0, 0.0]])
     target = torch.tensor([0, 0, 0, 1, 0, 0, 1, 1, 1])
     group = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 2])
-    _, stats = classfair.cross_entropy_with_stats(logits, target, group=group, num_groups=3, joint=True)
-    totals.add(stats.detach())
-    result = measures(totals, 2)
+    loss, stats = classfair.cross_entropy_with_stats(logits, target, group=group, num_groups=3, joint=True)
+    totals.add(loss, stats.count.sum(), stats.detach())
+    result = totals.by_group(["a", "b"])
     assert result["count"] == [4, 4]
     assert result["accuracy"] == [1.0, 0.5]
     assert result["worst_group"] == 0.5
@@ -151,18 +151,18 @@ def test_measures_by_hand():
 
 
 def test_measures_where_there_is_nothing_to_measure(monkeypatch):
-    totals = GroupTotals(2, 2, joint=True)
-    _, stats = classfair.cross_entropy_with_stats(
+    totals = Totals(2, groups=2, joint=True)
+    loss, stats = classfair.cross_entropy_with_stats(
         torch.eye(2), torch.tensor([0, 1]), group=torch.tensor([0, 0]), num_groups=2, joint=True
     )
-    totals.add(stats)
-    result = measures(totals, 2)
+    totals.add(loss, stats.count.sum(), stats)
+    result = totals.by_group(["a", "b"])
     assert result["worst_group"] == 1.0
     assert math.isnan(result["accuracy"][1])
     for name in ("iou_sd", "demographic_parity", "equalized_odds"):
         assert math.isnan(result[name])
-    monkeypatch.setattr("classfair.training.group_measures.MAX_TABLE_BYTES", 63)  # 2 * 2 * 2 numbers
-    assert set(measures(GroupTotals(2, 2, joint=True), 2)["penalties"]) == {"dp-l2", "dp-mi", "iou"}
+    monkeypatch.setattr("classfair.training.totals.MAX_TABLE_BYTES", 63)  # 2 * 2 * 2 numbers
+    assert set(Totals(2, groups=2, joint=True).by_group(["a", "b"])["penalties"]) == {"dp-l2", "dp-mi", "iou"}
 
 
 def test_a_difference_is_between_two_groups_at_least():
@@ -173,13 +173,13 @@ def test_a_difference_is_between_two_groups_at_least():
 
 
 def test_images_without_a_group_take_no_room_in_the_table(monkeypatch):
-    monkeypatch.setattr("classfair.training.group_measures.MAX_TABLE_BYTES", 2 * 2 * 2 * 8)
+    monkeypatch.setattr("classfair.training.totals.MAX_TABLE_BYTES", 2 * 2 * 2 * 8)
     logits, target = torch.randn(9, 2), torch.arange(9) % 2
     group = torch.arange(9) % 3  # the third is of images without a group
     totals, whole = Totals(2, groups=3, joint=True, named=2), Totals(2, groups=2, joint=True)
     for part, rows in ((totals, slice(None)), (whole, group < 2)):
         loss, stats = classfair.cross_entropy_with_stats(
-            logits[rows], target[rows], group=group[rows], num_groups=part.groups.num_groups, joint=True
+            logits[rows], target[rows], group=group[rows], num_groups=part.groups, joint=True
         )
         part.add(loss, stats.count.sum(), stats)
     again = Totals.from_state(totals.state_dict())
@@ -189,6 +189,25 @@ def test_images_without_a_group_take_no_room_in_the_table(monkeypatch):
         fares = part.by_group(["a", "b"])
         assert fares["penalties"] == pytest.approx(expected["penalties"])
         assert (fares["count"], fares["accuracy"], fares["iou"]) == ([3, 3], expected["accuracy"], expected["iou"])
+
+
+@pytest.mark.parametrize("groups", [0, 3])
+def test_sums_load_under_the_names_that_checkpoints_have(groups):
+    """The names, shapes and dtypes of format versions 2 and 3."""
+    number = torch.arange(5.0, dtype=torch.float64)
+    state = {"counts": number[:3, None].long() + torch.arange(4), "sums": number[3:, None] + torch.arange(4) / 8}
+    if groups:
+        state = {f"group_{name}": part[:, None].repeat(1, groups, 1) for name, part in state.items()}
+        state |= {name: state[f"group_{name}"].sum(1) for name in ("counts", "sums")}
+        state["group_joint"] = torch.rand(4 * 2, 4, dtype=torch.float64)  # two of the three groups have names
+    state["loss"] = torch.tensor([7.0, 2.0], dtype=torch.float64)
+    totals = Totals.from_state(state)
+    saved = totals.state_dict()
+    assert saved.keys() == state.keys()
+    assert_equal([saved[name] for name in state], list(state.values()))
+    assert totals.mean_loss == 3.5
+    assert totals.predicted.tolist() == [max(groups, 1) * n for n in (2, 3, 4, 5)]
+    assert not groups or totals.by_group(["a", "b"])["penalties"].keys() == PENALTIES.keys()
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +269,7 @@ def test_the_trained_penalty_is_reported(name, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("flags", [(), ("--json",)])
 def test_a_table_that_does_not_fit_is_named(flags, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("classfair.training.group_measures.MAX_TABLE_BYTES", 10 * 2 * 10 * 8 - 1)
+    monkeypatch.setattr("classfair.training.totals.MAX_TABLE_BYTES", 10 * 2 * 10 * 8 - 1)
     assert main([*SHORT, *flags, "--fairness", "eo-l2", "--epochs", "1", "--output", str(tmp_path / "run")]) == 0
     captured = capsys.readouterr()
     (line,) = (x for x in (captured.err if flags else captured.out).splitlines() if "left out" in x)

@@ -236,7 +236,7 @@ def test_failed_job_removes_the_folders_it_made_and_nothing_else(tmp_path):
 def test_chart_of_many_classes_some_of_them_without_images():
     config = TrainConfig.for_data("imagefolder:x", loss=("ce", "focal"), seeds=2)
     totals = Totals(100)
-    totals.counts[0, :90], totals.counts[1, :90] = 50, torch.arange(90) % 50
+    totals.stats.count[0, :90], totals.stats.correct[0, :90] = 50, torch.arange(90) % 50
     names, counts = [str(c) for c in range(100)], np.arange(100, 0, -1)
     runs = [RunResult(loss, seed, names, counts, totals, totals, [1.0]) for loss in config.loss for seed in (0, 1)]
     assert accuracy_chart(runs, config).startswith(b"\x89PNG")
