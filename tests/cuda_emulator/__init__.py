@@ -64,7 +64,7 @@ def build(name: str, sources: list[Path], *libraries: Path) -> Path:
 
 def load(*kernels: Path) -> ctypes.CDLL:
     """Serve these .cu files on the CPU, by default all of csrc/cuda, in place of the CPU's own kernels."""
-    emulator = build("emulator", [HERE / "emulator.cpp", HERE / "heap.cpp"])
+    emulator = build("emulator", sorted(HERE.glob("*.cpp")))
     # Whether a driver is new enough is no question here.
     sources = list(kernels) or sorted(p for p in (ROOT / "csrc/cuda").glob("*.cu") if p.stem != "probe")
     library = ctypes.CDLL(str(emulator), mode=ctypes.RTLD_GLOBAL)

@@ -98,9 +98,9 @@ __global__ void last_block_without_fence(Arguments a) { last_block(a, !a.broken,
 __global__ void last_block_without_atomic(Arguments a) { last_block(a, true, !a.broken); }
 
 constexpr void (*kKernels[])(Arguments) = {
-    missing_barrier,  missing_second_barrier, missing_warp_barrier, divergent_barrier,        missing_lane,
-    lane_outside_its_mask, unwritten_shared,  read_out_of_bounds,   write_out_of_bounds,      race_of_threads,
-    race_of_blocks,   last_block_without_fence, last_block_without_atomic};
+    missing_barrier,       missing_second_barrier,   missing_warp_barrier,     divergent_barrier,   missing_lane,
+    lane_outside_its_mask, unwritten_shared,         read_out_of_bounds,       write_out_of_bounds, race_of_threads,
+    race_of_blocks,        last_block_without_fence, last_block_without_atomic};
 
 Tensor run(Tensor x, int64_t kernel, bool broken) {
   const Device device(x);

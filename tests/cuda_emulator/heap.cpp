@@ -1,11 +1,12 @@
 // Torch's CPU allocator while kernels are emulated: every tensor is known, NaN at first, and has a gap on both sides.
+// And the report of what was touched.
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
 
 #include <cstdlib>
-#include <cstring>
+#include <sstream>
 
-#include "memory.h"
+#include "emulator.h"
 
 namespace emulator {
 
@@ -26,8 +27,7 @@ struct PoisonedAllocator final : c10::Allocator {
   c10::DataPtr allocate(std::size_t bytes) override {
     const c10::Device cpu(c10::DeviceType::CPU);
     if (bytes == 0) return {nullptr, nullptr, &release, cpu};
-    const std::size_t whole = (bytes + 2 * kGap + 63) / 64 * 64;
-    char* const block = static_cast<char*>(std::aligned_alloc(64, whole));
+    char* const block = static_cast<char*>(std::aligned_alloc(64, (bytes + 2 * kGap + 63) / 64 * 64));
     TORCH_CHECK(block != nullptr, "DefaultCPUAllocator: can't allocate memory");
     char* const data = block + kGap;
     std::memset(data, 0xff, bytes);
@@ -47,6 +47,18 @@ const bool installed = [] {
   return true;
 }();
 
+void write_json(std::ostream& json, const Launched& l) {
+  json << "{\"kernel\": " << l.kernel << ", \"blocks\": " << l.blocks << ", \"threads\": " << l.threads
+       << ", \"touched\": [";
+  const char* separator = "";
+  for (const Memory& m : l.touched) {
+    json << separator << "{\"address\": " << m.base << ", \"read\": " << m.read << ", \"written\": " << m.written
+         << ", \"requests\": " << m.requests << ", \"sectors\": " << m.sectors << "}";
+    separator = ", ";
+  }
+  json << "]}";
+}
+
 }  // namespace
 
 Heap& heap() {
@@ -54,4 +66,35 @@ Heap& heap() {
   return *whole;
 }
 
+Memory* Heap::below(uintptr_t address) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  auto after = blocks.upper_bound(address);
+  return after == blocks.begin() ? nullptr : &std::prev(after)->second;
+}
+
 }  // namespace emulator
+
+// For Python: what is launched between the two calls, as JSON.
+extern "C" void emulator_start() {
+  emulator::Machine& m = emulator::machine();
+  m.recording = true;
+  m.launches.clear();
+  m.memsets = 0;
+  m.allocations = emulator::heap().allocations;
+}
+
+extern "C" const char* emulator_stop() {
+  static std::string text;
+  emulator::Machine& m = emulator::machine();
+  m.recording = false;
+  std::ostringstream json;
+  json << "{\"memsets\": " << m.memsets << ", \"allocations\": " << emulator::heap().allocations - m.allocations
+       << ", \"launches\": [";
+  for (std::size_t k = 0; k < m.launches.size(); ++k) {
+    if (k > 0) json << ", ";
+    emulator::write_json(json, m.launches[k]);
+  }
+  json << "]}";
+  text = json.str();
+  return text.c_str();
+}
