@@ -15,7 +15,7 @@ PRIMITIVES := $(addprefix tests/primitives/test_,softmax_loss.py class_moments.p
 INTERPRETED = TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PRIMITIVES) -W ignore::RuntimeWarning
 CPP := $(filter-out %.py,$(wildcard csrc/*.cpp csrc/*.h csrc/*/*))
 
-.PHONY: help train test test-slow test-gpu lint format bench bench-features bench-fairness bench-check bench-gpu sanitize cuda-check doctor clean
+.PHONY: help train test test-slow test-cuda-emulated test-gpu lint format bench bench-features bench-fairness bench-check bench-gpu sanitize cuda-check doctor clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -39,6 +39,12 @@ test: $(VENV)/.installed  ## run the tests
 test-slow: $(VENV)/.installed  ## run the proofs that take minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)
 	if $(BIN)/python -c "import triton" 2>/dev/null; then $(INTERPRETED) -k triton; fi
+
+# The .cu files, compiled by g++, serve as back-end `native` of the CPU; see tests/cuda_emulator/README.md.
+EMULATED := $(addprefix tests/primitives/test_,softmax_loss.py class_moments.py pair_terms.py)
+test-cuda-emulated: $(VENV)/.installed  ## run the CUDA kernels on the CPU: conformance, bounds, barriers, races
+	$(BIN)/python -m pytest tests/cuda_emulator
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p tests.cuda_emulator.plugin $(EMULATED) -k native-cpu $(ARGS)
 
 lint: $(VENV)/.installed  ## check style and types
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""The emulator finds every kind of fault in kernels that have it, and none in the same kernels without it; it counts."""
+"""The emulator finds every kind of fault in kernels that have it and none in the same kernels without it; it counts."""
 
 import json
 import os
@@ -72,3 +72,61 @@ def test_every_broken_kernel_is_tried():
     source = (HERE / "broken.cu").read_text()
     table = re.search(r"kKernels\[\]\)\(Arguments\) = \{(.*?)\}", source, re.DOTALL)[1]
     assert re.findall(r"\w+", table) == list(FAULTS)
+
+
+COUNT = """
+import json, torch
+from tests import cuda_emulator
+cuda_emulator.load()
+from classfair._schema import Scalars, Tensors
+
+N, C = 64, 1000
+target = torch.arange(N)
+said = {}
+for dtype in (torch.float32, torch.bfloat16):
+    for stats in (0, 2):
+        t, s = Tensors(torch.zeros(N, C, dtype=dtype), target=target), Scalars(stats=stats)
+        out, forward = cuda_emulator.count(lambda: torch.ops.classfair_native.softmax_loss_fwd(*t, *s))
+        upstream = (out[0], None, out[4] if stats else None, None, None, None)
+        arguments = (*upstream, *t, out[1], out[2], *s, False, False, False)
+        gradients, backward = cuda_emulator.count(lambda: torch.ops.classfair_native.softmax_loss_bwd(*arguments))
+        bytes = t.logits.nbytes
+        said[f"{dtype} {stats}"] = {
+            "forward": [launch.kernel for launch in forward.launches],
+            "backward": [launch.kernel for launch in backward.launches],
+            "memsets": forward.memsets,
+            "read": forward.of(t.logits)["read"] / bytes,
+            "sectors": forward.of(t.logits)["sectors"] * 32 / bytes,
+            "read again": backward.of(t.logits)["sectors"] * 32 / bytes,
+            "written": backward.of(gradients[0])["sectors"] * 32 / bytes,
+        }
+print(json.dumps(said))
+"""
+
+
+@pytest.fixture(scope="module")
+def counted():
+    done = subprocess.run([sys.executable, "-c", COUNT], capture_output=True, text=True, cwd=ROOT, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("stats", [0, 2])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_reads_writes_and_launches(dtype, stats, counted):
+    """Upper bounds: g++ keeps other values in registers than nvcc."""
+    said = counted[f"torch.{dtype} {stats}"]
+    passes = 2 if stats else 1
+    kernels = ["softmax_loss_fwd_kernel", "totals_kernel"]
+    assert said["forward"][:2] == kernels
+    assert len(said["forward"]) <= (7 if stats else 2)
+    assert said["backward"] == ["softmax_loss_bwd_kernel"]
+    assert said["memsets"] == passes - 1
+    # Every row, and once more its label's value; at least once, or nothing was counted.
+    assert passes <= said["read"] <= passes * 1.001
+    # Every second row of bfloat16 begins in the middle of a sector: its requests take three instead of two. Backward,
+    # each of a row's four warps reads the label's value besides.
+    unaligned = 1 if dtype == "float32" else 1.25
+    assert passes <= said["sectors"] <= passes * unaligned * 1.1
+    assert passes <= said["read again"] <= passes * unaligned * 1.2
+    assert 1 <= said["written"] <= unaligned * 1.1
