@@ -13,7 +13,8 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*) setup.py pyproject.toml
 # each of the wide cases with groups: those wait for test-slow.
 PRIMITIVES := $(addprefix tests/primitives/test_,softmax_loss.py class_moments.py pair_terms.py penalties.py)
 INTERPRETED = TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PRIMITIVES) -W ignore::RuntimeWarning
-CPP := $(filter-out %.py,$(wildcard csrc/*.cpp csrc/*.h csrc/*/*))
+EMULATOR := $(filter %.cpp %.h %.cu %.cuh,$(wildcard $(addprefix tests/cuda_emulator/,* */* */*/*)))
+CPP := $(filter-out %.py,$(wildcard csrc/*.cpp csrc/*.h csrc/*/*)) $(EMULATOR)
 
 .PHONY: help train test test-slow test-cuda-emulated test-gpu lint format bench bench-features bench-fairness bench-check bench-gpu sanitize cuda-check doctor clean
 
@@ -41,10 +42,11 @@ test-slow: $(VENV)/.installed  ## run the proofs that take minutes
 	if $(BIN)/python -c "import triton" 2>/dev/null; then $(INTERPRETED) -k triton; fi
 
 # The .cu files, compiled by g++, serve as back-end `native` of the CPU; see tests/cuda_emulator/README.md.
-EMULATED := $(addprefix tests/primitives/test_,softmax_loss.py class_moments.py pair_terms.py)
+EMULATED := $(addprefix tests/primitives/test_,softmax_loss.py class_moments.py pair_terms.py reference.py)
 test-cuda-emulated: $(VENV)/.installed  ## run the CUDA kernels on the CPU: conformance, bounds, barriers, races
 	$(BIN)/python -m pytest tests/cuda_emulator
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p tests.cuda_emulator.plugin $(EMULATED) -k native-cpu $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p tests.cuda_emulator.plugin $(EMULATED) \
+	  -k "native-cpu or (label_index and native)" $(ARGS)
 
 lint: $(VENV)/.installed  ## check style and types
 	$(BIN)/ruff check .
@@ -66,8 +68,8 @@ bench-features: $(VENV)/.installed  ## time ISDA and MetaLAD beside the publishe
 bench-fairness: $(VENV)/.installed  ## time the group penalties beside loops over cells and plain torch
 	$(BIN)/python -m benchmarks.fairness $(ARGS)
 
-bench-check: $(VENV)/.installed  ## compare this machine's ratios to torch with the committed ones
-	$(BIN)/python -m benchmarks.check $(ARGS)
+bench-check: $(VENV)/.installed  ## is this tree slower than commit BASE (default: where it left the main branch)?
+	$(BIN)/python -m benchmarks.check $(BASE)
 
 # GPU targets need no network: they use the torch, triton, ninja, pybind11 and pytest that $(PYTHON) already has. If that
 # is itself the python of an environment, a new one does not inherit its packages: parent.pth says where they are.
@@ -103,4 +105,4 @@ doctor: $(VENV)/.installed  ## show versions and back-ends, and test them
 	$(BIN)/classfair doctor
 
 clean:  ## remove what was built
-	rm -rf build dist *.egg-info classfair/*.so $(VENV)/.installed
+	rm -rf build dist .bench *.egg-info classfair/*.so $(VENV)/.installed
