@@ -3,7 +3,6 @@
 import ctypes
 import functools
 import hashlib
-import json
 import os
 import re
 import subprocess
@@ -91,6 +90,7 @@ def load(*kernels: Path) -> None:
 
 
 _libraries: list[Path] = []
+_TRAFFIC = ("read", "written", "requests", "sectors")
 
 
 class Launch(NamedTuple):
@@ -113,7 +113,7 @@ class Counts(NamedTuple):
     def of(self, tensor: Tensor) -> dict[str, int]:
         """Sums over the launches of one tensor."""
         found = [launch.touched.get(tensor.data_ptr(), {}) for launch in self.launches]
-        return {name: sum(f.get(name, 0) for f in found) for name in ("read", "written", "requests", "sectors")}
+        return {name: sum(f.get(name, 0) for f in found) for name in _TRAFFIC}
 
 
 @functools.cache
@@ -127,10 +127,13 @@ def count(function: Callable[[], Any]) -> tuple[Any, Counts]:
     """What a function returns, and what its kernels do."""
     _machine().emulator_start()
     result = function()
-    report = json.loads(_machine().emulator_stop())
-    launches = []
-    for launch in report.pop("launches"):
-        name = next((n[launch["kernel"]] for n in map(_kernel_names, _libraries) if launch["kernel"] in n), "unknown")
-        touched = {t.pop("address"): t for t in launch["touched"]}
-        launches.append(Launch(name, launch["blocks"], launch["threads"], touched))
-    return result, Counts(launches, **report)
+    head, *lines = _machine().emulator_stop().decode().splitlines()
+    launches: list[Launch] = []
+    for line in lines:
+        numbers = [int(n) for n in line.split()]
+        if len(numbers) == 3:
+            name = next((n[numbers[0]] for n in map(_kernel_names, _libraries) if numbers[0] in n), "unknown")
+            launches.append(Launch(name, *numbers[1:], {}))
+        else:
+            launches[-1].touched[numbers[0]] = dict(zip(_TRAFFIC, numbers[1:], strict=True))
+    return result, Counts(launches, *map(int, head.split()))

@@ -82,8 +82,8 @@ Memory& tensor_at(uintptr_t address, int bytes) {
 void count(Memory& memory, uintptr_t address, int bytes, bool write, const void* code) {
   Machine& m = machine();
   if (memory.launch != m.launch) {
+    static_cast<Traffic&>(memory) = Traffic{memory.base};
     memory.launch = m.launch;
-    memory.read = memory.written = memory.requests = memory.sectors = 0;
     m.touched.push_back(&memory);
   }
   (write ? memory.written : memory.read) += bytes;

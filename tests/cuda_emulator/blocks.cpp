@@ -75,14 +75,13 @@ void prepare(int thread) {
   f.seen[thread % kWarp] = 1;
 }
 
-uint64_t result_of(const Fibre& f, const Fibre* lanes, unsigned mask) {
+uint64_t result_of(const Fibre& f, const Fibre* lanes) {
   if (f.kind == Warp::kSync) return 0;
   if (f.kind == Warp::kShuffle) return lanes[f.from].value;
-  uint64_t result = 0;
+  uint64_t same = 0;
   for (int l = 0; l < kWarp; ++l)
-    if (mask >> l & 1 && (f.kind == Warp::kMatch ? lanes[l].value == f.value : lanes[l].value != 0))
-      result |= 1ull << l;
-  return result;
+    if (f.mask >> l & 1 && lanes[l].value == f.value) same |= 1ull << l;
+  return same;
 }
 
 // Lets go on the lanes that wait with the same mask as this one, if none of them is missing.
@@ -98,7 +97,7 @@ bool release_lanes(int thread) {
     for (int k = 0; k < kWarp; ++k) joined[k] = std::max(joined[k], f.seen[k]);
   }
   for (int l = 0; l < kWarp; ++l)
-    if (asking.mask >> l & 1) lanes[l].result = result_of(lanes[l], lanes, asking.mask);
+    if (asking.mask >> l & 1) lanes[l].result = result_of(lanes[l], lanes);
   for (int l = 0; l < kWarp; ++l) {
     if (!(asking.mask >> l & 1)) continue;
     lanes[l].seen = joined;
@@ -224,12 +223,7 @@ void launch(const void* kernel, int64_t blocks, int threads, void (*body)(void*)
   std::for_each(order.begin(), order.end(), run_block);
   if (!m.recording) return;
   Launched record{reinterpret_cast<uintptr_t>(kernel) - m.library.begin, blocks, threads, {}};
-  for (Memory* memory : m.touched) {
-    std::vector<Cell> cells;
-    cells.swap(memory->cells);  // not part of the record
-    record.touched.push_back(*memory);
-    cells.swap(memory->cells);
-  }
+  for (const Memory* memory : m.touched) record.touched.push_back(*memory);
   m.launches.push_back(std::move(record));
 }
 

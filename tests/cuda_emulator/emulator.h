@@ -29,12 +29,16 @@ struct Cell {
   bool atomic = false;  // the writer's access was
 };
 
-// A tensor's memory, or the shared memory of a library.
-struct Memory {
+// What a launch did to a tensor: bytes of its threads, requests of its warps, and the sectors that those take.
+struct Traffic {
   uintptr_t base = 0;
-  uint64_t size = 0;
-  uint64_t launch = 0, read = 0, written = 0, requests = 0, sectors = 0;  // in the last launch that touched it
-  int granule = 0;                                                        // bytes of a cell: the smallest access so far
+  uint64_t read = 0, written = 0, requests = 0, sectors = 0;
+};
+
+// A tensor's memory, or the shared memory of a library. Traffic: in the last launch that touched it.
+struct Memory : Traffic {
+  uint64_t size = 0, launch = 0;
+  int granule = 0;  // bytes of a cell: the smallest access so far
   std::vector<Cell> cells;
 
   bool contains(uintptr_t address, uint64_t bytes) const { return address >= base && address + bytes <= base + size; }
@@ -80,7 +84,7 @@ struct Range {
 struct Launched {
   uintptr_t kernel;  // in its library
   int64_t blocks, threads;
-  std::vector<Memory> touched;
+  std::vector<Traffic> touched;
 };
 
 // The accesses of a warp's lanes at one place in the code, each lane's k-th.

@@ -47,18 +47,6 @@ const bool installed = [] {
   return true;
 }();
 
-void write_json(std::ostream& json, const Launched& l) {
-  json << "{\"kernel\": " << l.kernel << ", \"blocks\": " << l.blocks << ", \"threads\": " << l.threads
-       << ", \"touched\": [";
-  const char* separator = "";
-  for (const Memory& m : l.touched) {
-    json << separator << "{\"address\": " << m.base << ", \"read\": " << m.read << ", \"written\": " << m.written
-         << ", \"requests\": " << m.requests << ", \"sectors\": " << m.sectors << "}";
-    separator = ", ";
-  }
-  json << "]}";
-}
-
 }  // namespace
 
 Heap& heap() {
@@ -74,7 +62,7 @@ Memory* Heap::below(uintptr_t address) {
 
 }  // namespace emulator
 
-// For Python: what is launched between the two calls, as JSON.
+// For Python: what is launched between the two calls, in lines of numbers.
 extern "C" void emulator_start() {
   emulator::Machine& m = emulator::machine();
   m.recording = true;
@@ -84,17 +72,16 @@ extern "C" void emulator_start() {
 }
 
 extern "C" const char* emulator_stop() {
-  static std::string text;
+  static std::string lines;
   emulator::Machine& m = emulator::machine();
   m.recording = false;
-  std::ostringstream json;
-  json << "{\"memsets\": " << m.memsets << ", \"allocations\": " << emulator::heap().allocations - m.allocations
-       << ", \"launches\": [";
-  for (std::size_t k = 0; k < m.launches.size(); ++k) {
-    if (k > 0) json << ", ";
-    emulator::write_json(json, m.launches[k]);
+  std::ostringstream out;
+  out << m.memsets << ' ' << emulator::heap().allocations - m.allocations;
+  for (const auto& l : m.launches) {
+    out << '\n' << l.kernel << ' ' << l.blocks << ' ' << l.threads;
+    for (const auto& t : l.touched)
+      out << '\n' << t.base << ' ' << t.read << ' ' << t.written << ' ' << t.requests << ' ' << t.sectors;
   }
-  json << "]}";
-  text = json.str();
-  return text.c_str();
+  lines = out.str();
+  return lines.c_str();
 }
