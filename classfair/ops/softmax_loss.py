@@ -292,8 +292,8 @@ def softmax_loss(
         return SoftmaxLoss(*out[:3])
     end = 2 + num_sums(t)
     joint = out[4] if t.cell is not None else out[2].new_empty(0, 0)
-    total_weight, lse_raw, prediction, counts = out[end : end + 4]
-    return SoftmaxLoss(*out[:2], total_weight, lse_raw, prediction, *out[2:4], joint, counts)
+    (loss, lse, mass, hit), (total_weight, lse_raw, prediction, counts) = out[:4], out[end : end + 4]
+    return SoftmaxLoss(loss, lse, total_weight, lse_raw, prediction, mass, hit, joint, counts)
 
 
 def _reference(
