@@ -9,7 +9,7 @@
 
 ``backend=None`` takes the first of these that has the primitive on the tensor's device and can run there. On the CPU
 the order is that of measured speed; on GPUs nobody has measured it yet. A back-end given by name is used or refused
-with an error, never replaced.
+with an error, never replaced. What ``torch.export`` records is always ``reference``.
 """
 
 import importlib
@@ -142,6 +142,11 @@ def usable(primitive: str, device: torch.device) -> tuple[str, ...]:
 def choose(primitive: str, device: torch.device, backend: str | None) -> str:
     """The back-end to use; RuntimeError if the named one cannot run here."""
     serving = usable(primitive, device)
+    if torch.compiler.is_exporting():
+        # An exported program keeps operators and loses autograd Functions: plain torch keeps its gradient.
+        if backend not in (None, "reference"):
+            raise RuntimeError(f"{primitive}: expected backend None or 'reference' in an export, got {backend!r}")
+        return "reference"
     if backend is None:
         return serving[0]
     if backend in serving:

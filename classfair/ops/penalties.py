@@ -196,6 +196,10 @@ class PenaltyForwardMode(PenaltyFunction):
 
 
 def _apply(operator: str, backend: str, options: tuple, *tables: Tensor | None) -> Tensor:
+    if torch.compiler.is_exporting():  # a Function would be recorded without its gradient
+        count, cell, num_cells, *rows = tables
+        constant = (count,) if operator == "iou_penalty" else (count, cell, num_cells)
+        return _formula(operator, (*constant, *options), *rows)
     function = PenaltyFunction if torch.compiler.is_compiling() else PenaltyForwardMode
     return function.apply(operator, backend, options, *tables)[0]
 
