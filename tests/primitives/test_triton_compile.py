@@ -5,8 +5,9 @@ import torch
 
 from classfair import backends
 from classfair._schema import Scalars, Tensors
-from tests.support.cases import CASES
 from tests.support.conformance import cast
+from tests.support.primitives import schema_arguments
+from tests.support.softmax_cases import CASES
 
 pytest.importorskip("triton", reason="triton is not installed")
 if "kernels" in backends.load_errors:
@@ -71,8 +72,7 @@ def _check(kernels, names):
 def _compile_case(case, dtype, kernels):
     """The launches of a forward and of a backward from every output, without autograd."""
     x = cast(case.build(), dtype, "cpu")
-    tensors = Tensors(**{n: x[n] for n in Tensors._fields if n in x})
-    scalars = Scalars(**{n: x[n] for n in Scalars._fields if n in x})
+    tensors, scalars = schema_arguments(x)
     loss, lse, lse_raw, _, mass, hit, joint, _, _, loss_sum = softmax_loss.softmax_loss_fwd(*tensors, *scalars)
     upstream = (loss, lse, mass, hit, joint, loss_sum) if x["stats"] == 2 else (loss_sum, None, None, None, None, None)
     wants = [x.get(n) is not None for n in ("offset", "margin", "pair")]
