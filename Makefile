@@ -8,14 +8,14 @@ GPU_VENV ?= .venv-gpu
 GPU_PYTEST = $(GPU_VENV)/bin/python -m pytest -o addopts="--strict-markers -ra"
 SANITIZED := plain-3x31 or plain-3x1025 or all-many-rows or mixed-all or dense-all or strided-3d \
   or skewed or nonfinite or 3x33 or cells-zeros or 17x17x16
-SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*) setup.py pyproject.toml
+CPP := $(shell find csrc tests/cuda_emulator -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh")
+SOURCES := $(filter csrc/%,$(CPP)) setup.py pyproject.toml
 # Triton's kernels run on the CPU through its interpreter, which warns of every infinity it meets. It takes 20 seconds for
 # each of the wide cases with groups: those wait for test-slow.
 PRIMITIVES := $(addprefix tests/primitives/test_,softmax_loss.py class_moments.py pair_terms.py penalties.py)
 INTERPRETED = TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PRIMITIVES) -W ignore::RuntimeWarning
-CPP := $(filter-out %.py,$(wildcard csrc/*.cpp csrc/*.h csrc/*/*))
 
-.PHONY: help train test test-slow test-gpu lint format bench bench-features bench-fairness bench-check bench-gpu sanitize cuda-check doctor clean
+.PHONY: help train test test-slow test-cuda-emulated test-gpu lint format bench bench-features bench-fairness bench-check bench-gpu sanitize cuda-check doctor clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -40,6 +40,13 @@ test-slow: $(VENV)/.installed  ## run the proofs that take minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)
 	if $(BIN)/python -c "import triton" 2>/dev/null; then $(INTERPRETED) -k triton; fi
 
+# The .cu files, compiled by g++, serve as back-end `native` of the CPU; see tests/cuda_emulator/README.md.
+EMULATED := $(addprefix tests/primitives/test_,softmax_loss.py class_moments.py pair_terms.py reference.py)
+test-cuda-emulated: $(VENV)/.installed  ## run the CUDA kernels on the CPU: conformance, bounds, barriers, races
+	$(BIN)/python -m pytest tests/cuda_emulator
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p tests.cuda_emulator.plugin $(EMULATED) \
+	  -k "native-cpu or (label_index and native)" $(ARGS)
+
 lint: $(VENV)/.installed  ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -60,8 +67,8 @@ bench-features: $(VENV)/.installed  ## time ISDA and MetaLAD beside the publishe
 bench-fairness: $(VENV)/.installed  ## time the group penalties beside loops over cells and plain torch
 	$(BIN)/python -m benchmarks.fairness $(ARGS)
 
-bench-check: $(VENV)/.installed  ## compare this machine's ratios to torch with the committed ones
-	$(BIN)/python -m benchmarks.check $(ARGS)
+bench-check: $(VENV)/.installed  ## is this tree slower than commit BASE (default: where it left the main branch)?
+	$(BIN)/python -m benchmarks.check $(BASE)
 
 # GPU targets need no network: they use the torch, triton, ninja, pybind11 and pytest that $(PYTHON) already has. If that
 # is itself the python of an environment, a new one does not inherit its packages: parent.pth says where they are.
@@ -97,4 +104,4 @@ doctor: $(VENV)/.installed  ## show versions and back-ends, and test them
 	$(BIN)/classfair doctor
 
 clean:  ## remove what was built
-	rm -rf build dist *.egg-info classfair/*.so $(VENV)/.installed
+	rm -rf build dist .bench *.egg-info classfair/*.so $(VENV)/.installed

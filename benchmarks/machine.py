@@ -28,19 +28,32 @@ def describe(device: str) -> dict[str, Any]:
     }
 
 
-def slug(name: str) -> str:
-    """A device's name as part of a file name."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+def slug(machine: dict[str, Any]) -> str:
+    """A device as part of a file name: machines of one name may have processors of other families and models."""
+    parts = (str(machine[key]) for key in ("name", "family", "model") if key in machine)
+    return re.sub(r"[^a-z0-9]+", "-", "-".join(parts).lower()).strip("-")
 
 
 def _cpu() -> dict[str, Any]:
-    match = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     return {
-        "name": match[1].strip() if match else platform.machine(),
+        **processor(Path("/proc/cpuinfo").read_text()),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "instruction_set": _instruction_set(),
         "libc": " ".join(platform.libc_ver()),
+    }
+
+
+def processor(cpuinfo: str) -> dict[str, Any]:
+    """What Linux tells of the first core. Clouds sell several generations under one name; the numbers differ."""
+    said = dict(re.findall(r"^(.*?)\s*: (.*)$", cpuinfo.split("\n\n")[0], re.MULTILINE))
+    numbers = {"family": "cpu family", "model": "model", "stepping": "stepping"}
+    vectors = [flag for flag in said.get("flags", "").split() if flag.startswith(("avx2", "avx512"))]
+    return {
+        "name": said.get("model name", platform.machine()),
+        **({"vendor": said["vendor_id"]} if "vendor_id" in said else {}),
+        **{name: int(said[key]) for name, key in numbers.items() if key in said},
+        **({"vectors": " ".join(vectors)} if vectors else {}),
     }
 
 

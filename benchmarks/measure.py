@@ -168,7 +168,7 @@ def in_process(module: str, *arguments: str, malloc: str = "pinned") -> Any:
 
 def keep(result: dict[str, Any], what: str) -> None:
     """Write a result under ``benchmarks/results/``."""
-    name = f"{machine.slug(result['machine']['name'])}-{what}-{result['date']}.json"
+    name = f"{machine.slug(result['machine'])}-{what}-{result['date']}.json"
     path = Path(__file__).parent / "results" / name
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"written to {path}")

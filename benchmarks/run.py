@@ -77,7 +77,7 @@ def main() -> None:
     options = parser.parse_args()
     result = measure(options.device, options.quick)
     print_table(result)
-    name = f"{machine.slug(result['machine']['name'])}-{result['date']}.json"
+    name = f"{machine.slug(result['machine'])}-{result['date']}.json"
     output = options.output or (None if options.quick else _RESULTS / name)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from .workloads import OBJECTIVES
 def caption(result: dict[str, Any]) -> str:
     """What the numbers mean, and where they are from."""
     machine, versions = result["machine"], result["versions"]
-    where = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in machine.items() if k != "name")
+    where = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in machine.items() if k not in ("name", "vectors"))
     lines = [
         f"{machine['name']} ({where}), torch {versions['torch']}, {result['date']}, commit {result['commit']}.",
         f"Forward plus backward, median, as a multiple of plain eager `{YARDSTICK}` on the same logits",

@@ -98,16 +98,23 @@ def _stored_targets(dataset: Any) -> Any:
     """Labels that a data set keeps, without loading a sample; None where it keeps none."""
     if hasattr(dataset, "indices") and hasattr(dataset, "dataset"):  # torch.utils.data.Subset
         inner = _stored_targets(dataset.dataset)
-        return None if inner is None else np.asarray(inner)[np.asarray(dataset.indices)]
+        return None if inner is None else np.asarray(inner)[np.asarray(dataset.indices, dtype=np.int64)]
     if hasattr(dataset, "datasets"):  # torch.utils.data.ConcatDataset
         parts = [_stored_targets(d) for d in dataset.datasets]
         return None if any(p is None for p in parts) else np.concatenate([np.asarray(p) for p in parts])
     for name in ("targets", "labels"):
         if hasattr(dataset, name):
-            return getattr(dataset, name)
+            return _transformed(getattr(dataset, name), getattr(dataset, "target_transform", None))
     if hasattr(dataset, "tensors"):  # TensorDataset: targets come last
         return dataset.tensors[-1]
     return dataset if isinstance(dataset, Tensor | np.ndarray | list | tuple) else None
+
+
+def _transformed(stored: Any, transform: Any) -> Any:
+    """Labels as the samples have them: torchvision's data sets keep those from before ``target_transform``."""
+    if transform is None:
+        return stored
+    return [transform(label) for label in (stored.tolist() if isinstance(stored, Tensor | np.ndarray) else stored)]
 
 
 def _label_tensor(function: str, stored: Any, num_classes: int | None) -> Tensor:
@@ -117,6 +124,10 @@ def _label_tensor(function: str, stored: Any, num_classes: int | None) -> Tensor
         labels = labels.long()  # an empty list
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"{function}: expected integer labels, got {labels.dtype}")
+    if labels.dim() == 2 and labels.shape[1] == num_classes != 1 and _is_one_hot(labels):
+        raise TypeError(
+            f"{function}: expected labels, got one-hot rows of shape {tuple(labels.shape)}; argmax(1) has them"
+        )
     labels = labels.reshape(-1).long()
     bad = ~_in_range(labels, num_classes)
     if bool(bad.any()):
@@ -126,20 +137,24 @@ def _label_tensor(function: str, stored: Any, num_classes: int | None) -> Tensor
     return labels
 
 
+def _is_one_hot(rows: Tensor) -> bool:  # (N, C)
+    return len(rows) > 0 and bool(((rows == 0) | (rows == 1)).all()) and bool((rows.sum(1) == 1).all())
+
+
 def class_counts(dataset_or_targets: Any, num_classes: int) -> Tensor:
     """Number of samples of each class.
 
     Args:
         dataset_or_targets: integer labels (tensor, array or sequence), or a data set that keeps them: ``targets`` or
-            ``labels`` (torchvision), ``TensorDataset``, and ``Subset`` or ``ConcatDataset`` of such. No sample is
-            loaded. Give the whole training set, not the shard of one process.
+            ``labels`` (torchvision; its ``target_transform`` is applied), ``TensorDataset``, and ``Subset`` or
+            ``ConcatDataset`` of such. No sample is loaded. Give the whole training set, not the shard of one process.
         num_classes: C; classes without a sample get 0.
 
     Returns:
         ``(C,)`` int64 on the CPU.
 
     Raises:
-        TypeError: if no labels are found, or they are no integers.
+        TypeError: if no labels are found, or they are no integers, or one-hot rows.
         ValueError: if a label is outside of [0, C); it names the first.
 
     Example:
@@ -160,6 +175,7 @@ def total_weight(
     target: Tensor | MixedTarget,
     *,
     weight: Tensor | None = None,
+    sample_weight: Tensor | None = None,
     ignore_index: int = -100,
     num_classes: int | None = None,
 ) -> Tensor:
@@ -173,13 +189,15 @@ def total_weight(
         target: as for :func:`cross_entropy`: labels, :class:`MixedTarget`, or probabilities ``(N, C)`` or
             ``(N, C, d1, ...)``.
         weight: ``(C,)`` class weights; the method ``total_weight`` of a loss knows those that it applies.
+        sample_weight: weights of the samples, of the shape of the labels.
         ignore_index: as in :func:`cross_entropy`.
         num_classes: C, where ``weight`` does not tell it: labels from C on are then known to be invalid.
 
     Returns:
-        ``()`` float32, or float64 for a float64 ``weight``, on the device of the target. Labels and ``MixedTarget``:
-        the weights of the labels (shares) that are not ignored; probabilities: N, the weights do not enter. Nothing is
-        read by the host. Invalid labels are outside, as in the loss on a GPU (on the CPU the loss raises).
+        ``()`` float32, or float64 for a float64 weight, on the device of the target. Labels and ``MixedTarget``: the
+        weights of the labels (shares) that are not ignored; probabilities: N, the class weights do not enter. Each
+        term counts as often as its sample weight says. Nothing is read by the host. Invalid labels are outside, as in
+        the loss on a GPU (on the CPU the loss raises).
         ``label_smoothing`` changes nothing but this: where it is on and the total is 0, "mean" is NaN, as in torch.
         No gradient.
 
@@ -200,28 +218,56 @@ def total_weight(
     function, dtype = "total_weight", torch.float32
     if weight is not None:
         check.check_floats(function, "weight", weight, (weight.numel() if isinstance(weight, Tensor) else 0,))
-        dtype = torch.float64 if weight.dtype == torch.float64 else dtype
+        dtype = check.acc_dtype(weight)
         weight, num_classes = weight.detach().to(dtype), weight.numel()
+    soft = isinstance(target, Tensor) and target.is_floating_point()
+    labels = target.y_a if isinstance(target, MixedTarget) else target
+    shape = getattr(labels, "shape", ())
+    if soft:
+        shape = shape[:1] + shape[2:] if len(shape) > 1 else shape[:0]
+    if sample_weight is not None:
+        check.check_floats(function, "sample_weight", sample_weight, shape)
+        check.check_device(function, "sample_weight", sample_weight, target_device(target), "target")
+        dtype = torch.promote_types(dtype, check.acc_dtype(sample_weight))
+    parts: list[tuple[Tensor | None, Tensor]]
     if isinstance(target, MixedTarget):
-        y_a, y_b, share = flat_mixture(function, target, getattr(target.y_a, "shape", ()), dtype)
+        y_a, y_b, share = flat_mixture(function, target, shape, dtype)
         parts = [(y_a, share), (y_b, 1 - share)]
-    elif isinstance(target, Tensor) and target.is_floating_point():
-        rows = target.numel() // target.shape[1] if target.dim() > 1 else 1
-        return torch.full((), rows, dtype=dtype, device=target.device)
+    elif soft:
+        parts = [(None, torch.ones(shape, dtype=dtype, device=target.device))]
     else:
-        check.check_labels_tensor(function, "target", target, getattr(target, "shape", ()))
-        parts = [(target, torch.ones_like(target, dtype=dtype))]
-    if weight is not None and weight.device != parts[0][0].device:
+        flat = check.flat_labels(function, "target", target, shape)
+        parts = [(flat, torch.ones_like(flat, dtype=dtype))]
+    if weight is not None and weight.device != parts[0][1].device:
         raise ValueError(f"{function}: expected weight on the device of the target, got {weight.device}")
-    good = torch.ones_like(parts[0][0], dtype=torch.bool)  # a bad label takes the other one's share with it
-    total = torch.zeros((), dtype=torch.float64, device=good.device)
+    return _sum_of_weights(parts, weight, sample_weight, ignore_index, num_classes).to(dtype)
+
+
+def target_device(target: Tensor | MixedTarget) -> torch.device:
+    return target.y_a.device if isinstance(target, MixedTarget) else target.device
+
+
+def _sum_of_weights(
+    parts: list[tuple[Tensor | None, Tensor]],  # labels (R,), None for probabilities, and shares (R,)
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
+    ignore_index: int,
+    num_classes: int | None,
+) -> Tensor:
+    good = torch.ones_like(parts[0][1], dtype=torch.bool)  # a bad label takes the other one's share with it
     for label, _ in parts:
-        good = good & ((label == ignore_index) | _in_range(label, num_classes))
+        if label is not None:
+            good = good & ((label == ignore_index) | _in_range(label, num_classes))
+    total = torch.zeros((), dtype=torch.float64, device=good.device)
     for label, share in parts:
-        counted = good & (label != ignore_index)
-        own = share if weight is None else share * weight[torch.where(counted, label, 0)]
+        counted, own = good, share
+        if label is not None:
+            counted = good & (label != ignore_index)
+            own = share if weight is None else share * weight[torch.where(counted, label, 0)]
+        if sample_weight is not None:
+            own = own * sample_weight.detach().reshape(own.shape)
         total = total + torch.where(counted, own, 0.0).sum(dtype=torch.float64)
-    return total.to(dtype)
+    return total
 
 
 def _in_range(label: Tensor, num_classes: int | None) -> Tensor:

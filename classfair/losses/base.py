@@ -159,9 +159,14 @@ class CrossEntropyLoss(KeepsPrecision):
         options |= {"group": group, "num_groups": num_groups, "joint": joint}
         return cross_entropy_with_stats(logits, target, **options, **self._arguments())
 
-    def total_weight(self, target: Tensor | MixedTarget) -> Tensor:
+    def total_weight(self, target: Tensor | MixedTarget, *, sample_weight: Tensor | None = None) -> Tensor:
         """What "mean" divides by, as :func:`classfair.total_weight` with the weights that :meth:`forward` would use."""
-        return total_weight(target, weight=self._arguments()["weight"], ignore_index=self.ignore_index)
+        return total_weight(
+            target,
+            weight=self._arguments()["weight"],
+            sample_weight=sample_weight,
+            ignore_index=self.ignore_index,
+        )
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any

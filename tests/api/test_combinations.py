@@ -12,7 +12,7 @@ from classfair.ops import label_index
 
 BACKENDS = [b for b in ("native", "reference") if b in backends.available("softmax_loss", "cpu")]
 KINDS = ("labels", "MixedTarget", "probabilities")
-KEYWORDS = ("offset", "margin", "pair", "weight", "label_smoothing", "gamma")
+KEYWORDS = ("offset", "margin", "pair", "weight", "sample_weight", "label_smoothing", "gamma")
 N, C, IGNORED = 6, 3, -100
 
 
@@ -26,6 +26,7 @@ VALUES = {
     "margin": rand(C, seed=2),
     "pair": rand(C, C, seed=3) - 0.5,  # its diagonal is not 0: the formula does not ask for it
     "weight": rand(C, seed=4) + 0.5,
+    "sample_weight": torch.tensor([0.5, 2.0, 1.0, 0.0, 1.5, 0.25], dtype=torch.float64),
     "label_smoothing": 0.2,
     "gamma": 1.5,
 }
@@ -64,19 +65,19 @@ def formula(kind, logits, k):
     """Losses (N,) and the denominator, from the table."""
     losses, denominator = [], 0.0
     for n in range(N):
-        z, loss = logits[n], 0.0 * logits[n].sum()
+        z, loss, own_weight = logits[n], 0.0 * logits[n].sum(), k["sample_weight"][n]
         if kind == "probabilities":
             own, eps = nll(z, k), k["label_smoothing"]
             for c in range(C):
                 loss = loss + k["weight"][c] * ((1 - eps) * TARGETS[kind][n, c] + eps / C) * own[c]
-            denominator += 1
+            denominator += own_weight
         else:
             mixed = ((Y_A[n], LAM[n]), (Y_B[n], 1 - LAM[n]))
             for y, share in mixed if kind == "MixedTarget" else ((Y_A[n], 1.0),):
                 if y != IGNORED:
                     loss = loss + share * label_loss(z, int(y), k)
-                    denominator += share * k["weight"][y]
-        losses.append(loss)
+                    denominator += share * k["weight"][y] * own_weight
+        losses.append(own_weight * loss)
     return torch.stack(losses), denominator
 
 
@@ -87,6 +88,7 @@ def neutral():
         "margin": zeros,
         "pair": torch.zeros(C, C, dtype=torch.float64),
         "weight": zeros + 1,
+        "sample_weight": torch.ones(N, dtype=torch.float64),
         "label_smoothing": 0.0,
         "gamma": 0.0,
     }
@@ -103,8 +105,8 @@ COMBINATIONS = [
 
 
 def test_nothing_is_left_out():
-    # Probabilities have no label for margin, pair and gamma: 8 of 64 remain.
-    assert len(COMBINATIONS) == 64 + 64 + 8
+    # Probabilities have no label for margin, pair and gamma: 16 of 128 remain.
+    assert len(COMBINATIONS) == 128 + 128 + 16
 
 
 @pytest.mark.parametrize(
@@ -118,8 +120,10 @@ def test_value_and_gradient(kind, on):
         keywords[name] = VALUES[name].clone().requires_grad_()
         leaves.append(keywords[name])
     losses, denominator = formula(kind, logits, neutral() | keywords)
-    total = total_weight(TARGETS[kind], weight=keywords.get("weight"))
-    assert total.item() == pytest.approx(float(denominator), rel=1e-12 if "weight" in on else 1e-7)
+    weights = {name: keywords.get(name) for name in ("weight", "sample_weight")}
+    total = total_weight(TARGETS[kind], **weights)
+    in_float64 = "weight" in on or "sample_weight" in on
+    assert total.item() == pytest.approx(float(denominator), rel=1e-12 if in_float64 else 1e-7)
     factor = rand(N, seed=6)
     expected = {"none": losses, "sum": losses.sum(), "mean": losses.sum() / denominator}
     for reduction, backend in itertools.product(expected, BACKENDS):
@@ -132,7 +136,7 @@ def test_value_and_gradient(kind, on):
         torch.testing.assert_close(pairs[1], pairs[2], rtol=1e-11, atol=1e-13)
 
 
-ASKING = [on for size in range(1, 7) for on in itertools.combinations(KEYWORDS, size) if REFUSED & set(on)]
+ASKING = [on for size in range(1, 8) for on in itertools.combinations(KEYWORDS, size) if REFUSED & set(on)]
 
 
 @pytest.mark.parametrize("on", ASKING, ids="+".join)
@@ -169,6 +173,7 @@ ARGUMENTS = {
     "`pair` table `(C, C)`": {"pair": VALUES["pair"]},
     "`pair` as `PairTerms`": {"pair": pair_terms()},  # of mixtures: the slots of both labels
     "`weight` `(C,)`": {"weight": VALUES["weight"]},
+    "`sample_weight` `(N,)`": {"sample_weight": VALUES["sample_weight"]},
     "`label_smoothing`": {"label_smoothing": 0.2},
     "`gamma`": {"gamma": 1.5},
     "`ignore_index` >= 0": {"ignore_index": 1},

@@ -1,11 +1,12 @@
 // Torch's CPU allocator while kernels are emulated: every tensor is known, NaN at first, and has a gap on both sides.
+// And the report of what was touched.
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
 
 #include <cstdlib>
-#include <cstring>
+#include <sstream>
 
-#include "memory.h"
+#include "emulator.h"
 
 namespace emulator {
 
@@ -26,8 +27,7 @@ struct PoisonedAllocator final : c10::Allocator {
   c10::DataPtr allocate(std::size_t bytes) override {
     const c10::Device cpu(c10::DeviceType::CPU);
     if (bytes == 0) return {nullptr, nullptr, &release, cpu};
-    const std::size_t whole = (bytes + 2 * kGap + 63) / 64 * 64;
-    char* const block = static_cast<char*>(std::aligned_alloc(64, whole));
+    char* const block = static_cast<char*>(std::aligned_alloc(64, (bytes + 2 * kGap + 63) / 64 * 64));
     TORCH_CHECK(block != nullptr, "DefaultCPUAllocator: can't allocate memory");
     char* const data = block + kGap;
     std::memset(data, 0xff, bytes);
@@ -54,4 +54,34 @@ Heap& heap() {
   return *whole;
 }
 
+Memory* Heap::below(uintptr_t address) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  auto after = blocks.upper_bound(address);
+  return after == blocks.begin() ? nullptr : &std::prev(after)->second;
+}
+
 }  // namespace emulator
+
+// For Python: what is launched between the two calls, in lines of numbers.
+extern "C" void emulator_start() {
+  emulator::Machine& m = emulator::machine();
+  m.recording = true;
+  m.launches.clear();
+  m.memsets = 0;
+  m.allocations = emulator::heap().allocations;
+}
+
+extern "C" const char* emulator_stop() {
+  static std::string lines;
+  emulator::Machine& m = emulator::machine();
+  m.recording = false;
+  std::ostringstream out;
+  out << m.memsets << ' ' << emulator::heap().allocations - m.allocations;
+  for (const auto& l : m.launches) {
+    out << '\n' << l.kernel << ' ' << l.blocks << ' ' << l.threads;
+    for (const auto& t : l.touched)
+      out << '\n' << t.base << ' ' << t.read << ' ' << t.written << ' ' << t.requests << ' ' << t.sectors;
+  }
+  lines = out.str();
+  return lines.c_str();
+}

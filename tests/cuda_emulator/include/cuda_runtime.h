@@ -25,10 +25,10 @@ struct Place {
 };
 extern Place place;  // of the thread that runs
 
-enum class Warp : int { kSync, kShuffle, kMatch, kBallot };
+enum class Warp { kSync, kShuffle, kMatch };
 
-// Waits for the lanes of `mask`. Lane i gives `value` and takes that of lane `from` (kShuffle), the lanes of the same
-// value (kMatch), or the lanes whose value is not 0 (kBallot).
+// Waits for the lanes of `mask`. Each gives `value` and takes that of lane `from` (kShuffle), or the lanes of its value
+// (kMatch).
 uint64_t warp(Warp kind, unsigned mask, uint64_t value, int from);
 void barrier();
 void fence();
@@ -56,10 +56,6 @@ inline void __syncthreads() { emulator::barrier(); }
 inline void __threadfence() { emulator::fence(); }
 inline void __syncwarp(unsigned mask = ~0u) { emulator::warp(emulator::Warp::kSync, mask, 0, 0); }
 template <class V>
-V __shfl_sync(unsigned mask, V value, int from) {
-  return emulator::shuffle(mask, value, from);
-}
-template <class V>
 V __shfl_xor_sync(unsigned mask, V value, int with) {
   return emulator::shuffle(mask, value, emulator::lane() ^ with);
 }
@@ -68,19 +64,10 @@ V __shfl_up_sync(unsigned mask, V value, unsigned by) {
   const int from = emulator::lane() - static_cast<int>(by);
   return emulator::shuffle(mask, value, from < 0 ? emulator::lane() : from);
 }
-template <class V>
-V __shfl_down_sync(unsigned mask, V value, unsigned by) {
-  const int from = emulator::lane() + static_cast<int>(by);
-  return emulator::shuffle(mask, value, from > 31 ? emulator::lane() : from);
-}
 inline unsigned __match_any_sync(unsigned mask, uint64_t value) {
   return static_cast<unsigned>(emulator::warp(emulator::Warp::kMatch, mask, value, 0));
 }
-inline unsigned __ballot_sync(unsigned mask, bool value) {
-  return static_cast<unsigned>(emulator::warp(emulator::Warp::kBallot, mask, value, 0));
-}
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
-inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }
 
 // Integers alone: an atomic of floats would not compile, and would depend on the order.
 template <class V>
