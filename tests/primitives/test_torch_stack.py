@@ -52,7 +52,7 @@ def _pair_terms(rows, backend):
 
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("backend", CPU)
+@pytest.mark.parametrize("backend", [pytest.param(b, marks=[pytest.mark.slow] * (b == "reference")) for b in CPU])
 @pytest.mark.parametrize("make", [_statistics, _pair_terms])
 def test_compile_without_graph_breaks(make, backend, compiler, dynamic):
     torch._dynamo.reset()
