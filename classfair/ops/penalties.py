@@ -184,6 +184,13 @@ class PenaltyFunction(torch.autograd.Function):
         return (*(None,) * 6, *(g * upstream for g in gradients))
 
 
+def _apply(*inputs: Any) -> Tensor:
+    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in inputs[6:])
+    # Without a gradient Dynamo takes a forward of any number of inputs for one that takes ctx.
+    direct = torch.compiler.is_compiling() and not recorded
+    return (PenaltyFunction.forward(*inputs) if direct else PenaltyFunction.apply(*inputs))[0]
+
+
 def _formula(operator: str, rest: tuple, *tables: Tensor) -> Tensor:
     return getattr(reference, operator)(*tables, *rest)
 
@@ -215,7 +222,7 @@ def dependence(
     """
     options = (mutual_information, weighted)
     tables = (count.contiguous(), cell, num_cells, rows.contiguous())
-    return PenaltyFunction.apply("dependence", backend, options, *tables)[0]
+    return _apply("dependence", backend, options, *tables)
 
 
 def iou_penalty(
@@ -239,4 +246,4 @@ def iou_penalty(
     threads.
     """
     tables = (count.contiguous(), None, None, mass.contiguous(), hit.contiguous())
-    return PenaltyFunction.apply("iou_penalty", backend, (paired, skip), *tables)[0]
+    return _apply("iou_penalty", backend, (paired, skip), *tables)

@@ -69,6 +69,25 @@ def test_compile_without_graph_breaks(make, backend, compiler, dynamic):
             torch.testing.assert_close(got, expected)
 
 
+PENALTIES = {
+    "dp": classfair.demographic_parity_loss,
+    "eo": classfair.equalized_odds_loss,
+    "iou": classfair.iou_loss,
+}
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_compiles_where_nothing_needs_a_gradient(name):
+    def evaluate(logits, target, group):
+        loss, stats = classfair.cross_entropy_with_stats(logits, target, group=group, num_groups=2, joint=True)
+        return loss, PENALTIES[name](stats)
+
+    torch._dynamo.reset()
+    batch = torch.randn(8, 3), torch.arange(8) % 3, torch.arange(8) // 2 % 2
+    compiled = torch.compile(evaluate, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*batch), evaluate(*batch))
+
+
 def test_one_compilation_serves_batches_of_many_sizes():
     torch._dynamo.reset()
     counter = CompileCounter()
