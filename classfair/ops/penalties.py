@@ -195,13 +195,16 @@ class PenaltyForwardMode(PenaltyFunction):
         return (torch.stack(terms).sum(), *(None for _ in gradients))
 
 
-def _apply(operator: str, backend: str, options: tuple, *tables: Tensor | None) -> Tensor:
+def _apply(operator: str, backend: str, options: tuple, *tables: Any) -> Tensor:
+    inputs, rows = (operator, backend, options, *tables), tables[3:]
     if torch.compiler.is_exporting():  # a Function would be recorded without its gradient
-        count, cell, num_cells, *rows = tables
-        constant = (count,) if operator == "iou_penalty" else (count, cell, num_cells)
+        constant = tables[:1] if operator == "iou_penalty" else tables[:3]
         return _formula(operator, (*constant, *options), *rows)
-    function = PenaltyFunction if torch.compiler.is_compiling() else PenaltyForwardMode
-    return function.apply(operator, backend, options, *tables)[0]
+    if not torch.compiler.is_compiling():
+        return PenaltyForwardMode.apply(*inputs)[0]
+    # Without a gradient Dynamo takes a forward of any number of inputs for one that takes ctx.
+    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in rows)
+    return (PenaltyFunction.apply(*inputs) if recorded else PenaltyFunction.forward(*inputs))[0]
 
 
 def _formula(operator: str, rest: tuple, *tables: Tensor) -> Tensor:

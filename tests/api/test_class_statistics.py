@@ -169,7 +169,10 @@ def test_absent_classes_and_useless_batches_leave_the_state_alone():
     assert torch.equal(statistics.mean, before["mean"])
 
 
-@pytest.mark.parametrize(("covariance", "dynamic"), [("diag", False), ("diag", True), ("full", False)])
+@pytest.mark.parametrize(
+    ("covariance", "dynamic"),
+    [("diag", True), *(pytest.param(c, False, marks=pytest.mark.slow) for c in ("diag", "full"))],
+)
 def test_compile_fullgraph(covariance, dynamic):
     eager, compiled = (ClassStatistics(CLASSES, DIM, covariance) for _ in range(2))
     torch._dynamo.reset()
@@ -209,7 +212,7 @@ def _rank(rank, world, path, results):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("world", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3))])
 def test_processes_equal_one(world, tmp_path):
     with mp.Manager() as manager:
         results = manager.dict()
@@ -269,7 +272,7 @@ def test_names_are_public():
     assert {"ClassMoments", "ClassStatistics", "class_moments"} <= set(classfair.__all__)
 
 
-@pytest.mark.parametrize("updates", [10_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("updates", [1000, *(pytest.param(n, marks=pytest.mark.slow) for n in (10_000, 1_000_000))])
 def test_single_samples_do_not_wear_out_a_full_covariance(updates):
     """Float32 state against float64, for means of 10 and deviations of 1; without `cov_error` it is 1e-5 and 2e-4."""
     g = torch.Generator().manual_seed(0)

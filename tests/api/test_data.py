@@ -232,6 +232,7 @@ def test_processes_share_one_draw(world):
     assert [whole[r::world] for r in range(world)] == parts
 
 
+@pytest.mark.slow
 def test_more_samples_than_a_float32_counts():
     """torch.multinomial, which WeightedRandomSampler uses, refuses more than 2^24."""
     labels = torch.zeros(2**24 + 3, dtype=torch.uint8)

@@ -367,7 +367,14 @@ def _rank(rank, world, splits, path, results):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("splits", [[(0, 40)], [(0, 11), (11, 40)], [(0, 25), (25, 25), (25, 40)]])
+@pytest.mark.parametrize(
+    "splits",
+    [
+        [(0, 11), (11, 40)],
+        *(pytest.param(s, marks=pytest.mark.slow) for s in ([(0, 40)], [(0, 25), (25, 25), (25, 40)])),
+    ],
+    ids=len,
+)
 def test_processes_equal_one(splits, tmp_path):
     with mp.Manager() as manager:
         results = manager.dict()

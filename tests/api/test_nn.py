@@ -530,6 +530,7 @@ def small_model():
     return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
 
 
+@pytest.mark.slow
 def test_gradients_of_processes_equal_one(tmp_path):
     with mp.Manager() as manager:
         results = manager.dict()

@@ -224,7 +224,15 @@ def _rank(rank, world, splits, path, results):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("splits", [[(0, 60)], [(0, 17), (17, 60)], [(0, 40), (40, 40), (40, 60)]])
+#: An empty process, one process, and two, of which `make test` is content with the last.
+SPLITS = [
+    pytest.param([(0, 40), (40, 40), (40, 60)], marks=pytest.mark.slow),
+    pytest.param([(0, 60)], marks=pytest.mark.slow),
+    [(0, 17), (17, 60)],
+]
+
+
+@pytest.mark.parametrize("splits", SPLITS, ids=len)
 def test_processes_equal_one(splits, tmp_path):
     logits, target, group = batch(dtype=torch.float64)
     logits.requires_grad_()

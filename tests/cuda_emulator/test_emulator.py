@@ -11,7 +11,7 @@ import pytest
 
 from tests.cuda_emulator import HERE, ROOT
 
-pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not shutil.which("g++"), reason="no g++")]
 
 #: What is said of each kernel of broken.cu, in its order.
 FAULTS = {
@@ -77,8 +77,8 @@ def test_every_broken_kernel_is_tried():
 def test_the_kernels_pass_chosen_cases():
     """``make test-cuda-emulated`` runs them all."""
     chosen = "all-many-rows or mixed-all or dense-all or strided-3d or plain-3x1025 or skewed or nonfinite or 17x17"
-    files = [f"tests/primitives/test_{name}.py" for name in ("softmax_loss", "class_moments", "pair_terms")]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.cuda_emulator.plugin", *files]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.cuda_emulator.plugin"]
+    command += ["tests/primitives/test_conformance.py"]
     command += ["-k", f"native-cpu and values_and and (float32 or bfloat16) and ({chosen})"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=900)
     assert done.returncode == 0, done.stdout[-4000:]

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from classfair import ClassStatistics, class_moments
+from tests.support.conformance import assert_same_bits, check_case
 from tests.support.gpu import backend_fixture, captured, no_sync
-from tests.support.moment_cases import Case, check_case
+from tests.support.moment_cases import Case
+from tests.support.primitives import CLASS_MOMENTS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -35,14 +37,13 @@ def _statistics(covariance, backend):
 
 
 def _assert_same(a, b):
-    for (name, x), y in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
-        assert torch.equal(x, y), name
+    assert_same_bits(a.state_dict(), b.state_dict())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("case", SIZES, ids=lambda c: c.id)
 def test_sizes(case, backend, dtype):
-    check_case(case, backend, "cuda", dtype)
+    check_case(CLASS_MOMENTS, case, backend, "cuda", dtype)
 
 
 @pytest.mark.parametrize("covariance", COVARIANCES)

@@ -4,33 +4,33 @@ import pytest
 import torch
 
 import classfair
-from classfair.ops.penalties import dependence, iou_penalty
-from tests.primitives.test_penalties import cast, check, run
+from tests.support.conformance import Case, assert_same_bits, cast, check_case
 from tests.support.gpu import backend_fixture, captured, no_sync
-from tests.support.penalty_cases import cells, groups, overlap
+from tests.support.penalty_cases import cells, dependence_cases, groups, iou_cases, overlap
+from tests.support.primitives import DEPENDENCE, IOU
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+TABLES = dependence_cases(
+    Case("groups-8x21841", lambda: groups(8, 21841)),
+    Case("cells-2x2000", lambda: cells(2, 2000)),
+    Case("cells-16x40", lambda: cells(16, 40)),
+)
+OVERLAPS = iou_cases(Case("8x21841", lambda: overlap(8, 21841)), Case("300x2", lambda: overlap(300, 2)))
 
-
+# Of the loss that makes the statistics; a penalty itself is torch operators here.
 backend = backend_fixture("softmax_loss")
 
 
 @each_dtype
-@pytest.mark.parametrize("build", [lambda: groups(8, 21841), lambda: cells(2, 2000), lambda: cells(16, 40)])
-@pytest.mark.parametrize("kind", ["l2", "mi"])
-def test_dependence_sizes(build, kind, backend, dtype):
-    for weighted in (False, True):
-        check(dependence, build(), backend, "cuda", dtype, mutual_information=kind == "mi", weighted=weighted)
-
-
-@each_dtype
-@pytest.mark.parametrize("shape", [(8, 21841), (300, 2)], ids=str)
-@pytest.mark.parametrize("paired", [False, True])
-def test_iou_sizes(shape, paired, backend, dtype):
-    for skip in (False, True):
-        check(iou_penalty, overlap(*shape), backend, "cuda", dtype, paired=paired, skip=skip)
+@pytest.mark.parametrize(
+    ("primitive", "case"),
+    [*((DEPENDENCE, c) for c in TABLES), *((IOU, c) for c in OVERLAPS)],
+    ids=lambda x: getattr(x, "id", ""),
+)
+def test_sizes(primitive, case, dtype):
+    check_case(primitive, case, "reference", "cuda", dtype)
 
 
 def _samples(seed):
@@ -44,12 +44,12 @@ def _step(logits, target, group, backend):
     leaf = logits.detach().requires_grad_()
     _, stats = classfair.cross_entropy_with_stats(leaf, target, group=group, num_groups=3, joint=True, backend=backend)
     values = [
-        classfair.demographic_parity_loss(stats, kind="mi", backend=backend),
-        classfair.demographic_parity_loss(stats, backend=backend),
-        classfair.equalized_odds_loss(stats, weighted=True, backend=backend),
-        classfair.equalized_odds_loss(stats, kind="mi", backend=backend),
-        classfair.iou_loss(stats, backend=backend),
-        classfair.iou_loss(stats, paired=True, backend=backend),
+        classfair.demographic_parity_loss(stats, kind="mi"),
+        classfair.demographic_parity_loss(stats),
+        classfair.equalized_odds_loss(stats, weighted=True),
+        classfair.equalized_odds_loss(stats, kind="mi"),
+        classfair.iou_loss(stats),
+        classfair.iou_loss(stats, paired=True),
     ]
     total = torch.stack(values)
     return total.detach(), *torch.autograd.grad(total.sum(), leaf)
@@ -77,18 +77,18 @@ def test_graph_replays_with_new_data(backend):
         _assert_same(result, _step(*batch, backend))
 
 
-def test_runs_on_the_current_stream(backend):
-    inputs = cast(cells(2, 40), torch.float32, "cuda")
-    expected = run(dependence, inputs, backend)
-    late = torch.zeros_like(inputs[0])
+def test_runs_on_the_current_stream():
+    inputs = cast(dependence_cases(Case("cells-2x40", lambda: cells(2, 40)))[0].build(), torch.float32, "cuda")
+    expected = DEPENDENCE.run(inputs, "reference")
+    late = torch.zeros_like(inputs["rows"])
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(100_000_000)  # work on any other stream would see the zeros
-        late.copy_(inputs[0])
-        got = run(dependence, [late, *inputs[1:]], backend)
+        late.copy_(inputs["rows"])
+        got = DEPENDENCE.run({**inputs, "rows": late}, "reference")
     stream.synchronize()
-    _assert_same(got, expected)
+    assert_same_bits(got, expected)
 
 
 def test_a_hundred_repeats_are_the_same_bits(backend):

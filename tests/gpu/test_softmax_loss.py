@@ -8,17 +8,16 @@ import torch
 import classfair
 from classfair import backends
 from classfair.ops import label_index, softmax_loss
-from tests.support.cases import ALL_HARD, CASES, DIFFERENTIABLE, Case
-from tests.support.conformance import GRADIENT_SOURCES, as_truth, cast, check_case, upstream
+from tests.support.conformance import as_truth, assert_same_bits, by_id, cast, check_case, upstream
 from tests.support.gpu import backend_fixture, captured, no_sync
+from tests.support.primitives import SOFTMAX_LOSS
+from tests.support.softmax_cases import ALL_HARD, CASES, DIFFERENTIABLE, Case
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
-FEATURED = [
-    c
-    for c in CASES
-    if c.id in ("plain-3x31", "all-many-rows", "all-wide", "mixed-all", "dense-all", "share-all", "strided-3d-many")
-]
+FEATURED = by_id(
+    CASES, "plain-3x31", "all-many-rows", "all-wide", "mixed-all", "dense-all", "share-all", "strided-3d-many"
+)
 ALL = next(c for c in FEATURED if c.id == "all-many-rows")
 MANY = Case("many-rows", (6000, 7), ALL_HARD, 2)  # more rows than are ranked in one launch
 # A team of two warps, one and two batches of columns, few classes and many rows, two labels a row.
@@ -48,9 +47,9 @@ backend = backend_fixture("softmax_loss")
 def _device_upstream(inputs, backend):
     """Gradients of the differentiable outputs, already on the device."""
     out = softmax_loss(**inputs, backend=backend)
-    wanted = GRADIENT_SOURCES if inputs["stats"] == 2 else ("loss", "lse")
-    gradients = dict(zip(GRADIENT_SOURCES, upstream(out), strict=True))
-    return {n: gradients[n].to(out.loss.device, getattr(out, n).dtype) for n in wanted if gradients[n].numel()}
+    wanted = SOFTMAX_LOSS.sources if inputs["stats"] == 2 else ("loss", "lse")
+    values = {n: v for n in wanted if (v := getattr(out, n)) is not None and v.numel()}
+    return dict(zip(values, upstream(list(values.values())), strict=True))
 
 
 def _step(inputs, backend, gradients):
@@ -62,16 +61,10 @@ def _step(inputs, backend, gradients):
     return result | {f"gradient of {n}": g for n, g in zip(leaves, pulled, strict=True)}
 
 
-def _assert_same(got, expected):
-    assert got.keys() == expected.keys()
-    for name, value in expected.items():
-        assert torch.equal(got[name].nan_to_num(nan=7.0), value.nan_to_num(nan=7.0)), f"{name} differs"
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("case", SIZES, ids=lambda c: c.id)
 def test_sizes(case, backend, dtype):
-    check_case(case, backend, "cuda", dtype)
+    check_case(SOFTMAX_LOSS, case, backend, "cuda", dtype)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 4096, 4097, 100_003])
@@ -110,7 +103,7 @@ def test_graph_replays_with_new_data(case, backend):
             if isinstance(value, torch.Tensor):
                 static[name].copy_(value)
         graph.replay()
-        _assert_same(result, wanted)
+        assert_same_bits(result, wanted)
 
 
 def test_label_index_in_a_graph(backend):
@@ -119,7 +112,7 @@ def test_label_index_in_a_graph(backend):
     graph, result = captured(lambda: label_index(static, 50, backend=backend))
     static.copy_(targets[1])
     graph.replay()
-    _assert_same(result._asdict(), label_index(targets[1], 50, backend=backend)._asdict())
+    assert_same_bits(result._asdict(), label_index(targets[1], 50, backend=backend)._asdict())
 
 
 @each_case
@@ -135,7 +128,7 @@ def test_runs_on_the_current_stream(case, backend):
         late["logits"].copy_(inputs["logits"])
         got = _step(late, backend, gradients)
     stream.synchronize()
-    _assert_same(got, expected)
+    assert_same_bits(got, expected)
 
 
 def test_runs_on_the_tensors_device(backend):
@@ -148,7 +141,7 @@ def test_runs_on_the_tensors_device(backend):
     assert all(t.device == torch.device("cuda:1") for t in got.values())
     assert torch.cuda.current_device() == 0
     expected = _step(here, backend, {n: g.to("cuda:0") for n, g in gradients.items()})
-    _assert_same({n: t.to("cuda:0") for n, t in got.items()}, expected)
+    assert_same_bits({n: t.to("cuda:0") for n, t in got.items()}, expected)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -211,11 +204,11 @@ def test_bad_labels_are_flagged_not_fatal(case, backend):
     if case.stats:
         assert int(got["counts"][-2]) == int(bad.sum())
         expected["counts"][-2] = got["counts"][-2]
-    _assert_same(got, expected)
+    assert_same_bits(got, expected)
     gradient = got["gradient of logits"].movedim(1, -1).reshape(rows, num_classes)
     assert bool((gradient[bad.cuda()] == 0).all())
     torch.cuda.synchronize()
-    _assert_same(_step(broken, backend, gradients), expected)  # the device still works
+    assert_same_bits(_step(broken, backend, gradients), expected)  # the device still works
 
 
 def test_bad_labels_in_label_index(backend):
@@ -275,4 +268,4 @@ def test_a_hundred_repeats_are_the_same_bits(case, backend):
     gradients = _device_upstream(inputs, backend)
     first = _step(inputs, backend, gradients)
     for _ in range(100):
-        _assert_same(_step(inputs, backend, gradients), first)
+        assert_same_bits(_step(inputs, backend, gradients), first)

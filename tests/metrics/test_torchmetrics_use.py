@@ -203,6 +203,7 @@ def test_batch_averages_never_share_states():
 # --- processes --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_processes_equal_one(tmp_path):
     """One, two and three processes, one of which never has a sample."""
     logits, target, group = samples()
@@ -223,6 +224,7 @@ def test_processes_equal_one(tmp_path):
                     np.testing.assert_allclose(x, y, rtol=1e-12, err_msg=name)
 
 
+@pytest.mark.slow
 def test_penalties_as_metrics_of_unequal_processes(tmp_path):
     """Two batches and three: no collective of a penalty inside ``compute``."""
     with mp.Manager() as manager:

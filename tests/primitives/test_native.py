@@ -52,17 +52,29 @@ def test_exponential_at_the_ends(shape):
     assert bool(y[5].isnan())
 
 
-def test_the_baseline_instruction_set_passes_the_suite():
+@pytest.mark.parametrize(
+    ("capability", "tests"),
+    [
+        ("default", "native-cpu-float32"),
+        pytest.param("default", "native-cpu", marks=pytest.mark.slow),
+        pytest.param("avx2", "native-cpu", marks=pytest.mark.slow),
+    ],
+)
+def test_lower_instruction_sets_pass_the_suite(capability, tests):
     """ATEN_CPU_CAPABILITY limits our kernels as it limits torch's. The best set of this machine ran already."""
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default"}
+    from classfair import _C
+
+    name = {"default": "baseline"}.get(capability, capability)
+    if name not in _C.build_info()["cpu_instruction_sets"]:
+        pytest.skip(f"built without {name}")
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "PYTEST_ADDOPTS": ""}
     root = Path(__file__).parents[2]
 
     def run(*arguments):
         return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, cwd=root)
 
     code = "from classfair import _C; print(_C.build_info()['cpu_instruction_set'])"
-    assert run("-c", code).stdout.strip() == "baseline"
-    files = [f"tests/primitives/test_{name}.py" for name in ("softmax_loss", "class_moments", "pair_terms")]
-    result = run("-m", "pytest", *files, "-q", "-k", "values_and and native-cpu")
+    assert run("-c", code).stdout.strip() == name
+    result = run("-m", "pytest", "tests/primitives/test_conformance.py", "-q", "-k", f"values_and and {tests}")
     assert result.returncode == 0, result.stdout[-2000:]
     assert " passed" in result.stdout

@@ -1,4 +1,4 @@
-"""The primitives inside torch's machinery: opcheck, compile, export, function transforms, autocast."""
+"""The primitives inside torch's machinery: compile, export, function transforms, autocast."""
 
 import pytest
 import torch
@@ -7,74 +7,86 @@ from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 import classfair
-from classfair._schema import Scalars, Tensors
+from classfair import distance_margin, pair_variance
 from classfair.ops import softmax_loss
-from tests.support.cases import CASES
-from tests.support.conformance import cast
+from tests.support.pair_cases import draw
 from tests.support.pairs import runnable
 
-KERNELS = [p for p in runnable("softmax_loss") if p[0] != "reference"]
-each_kernel = pytest.mark.parametrize(("backend", "device"), KERNELS, ids=["-".join(p) for p in KERNELS])
 CPU = [b for b, d in runnable("softmax_loss") if d == "cpu" and b != "triton"]
-OPCHECK = [c for c in CASES if c.id in ("plain-3x31", "all", "dense-all", "strided-3d", "mixed-stats", "plain-0x5")]
 
 
-def _raw_arguments(case, device):
-    x = cast(case.build(), torch.float32, device)
-    tensors = Tensors(**{name: x[name] for name in Tensors._fields if name in x})
-    return tensors, Scalars(**{name: x[name] for name in Scalars._fields if name in x})
+def _statistics(rows, backend):
+    """A step of the loss with statistics, and its leaves."""
+    g = torch.Generator().manual_seed(rows)
+    target, group = torch.randint(0, 6, (rows,), generator=g), torch.randint(0, 2, (rows,), generator=g)
+
+    def step(logits, offset, target, group):
+        loss, stats = classfair.cross_entropy_with_stats(
+            logits,
+            target,
+            offset=offset,
+            label_smoothing=0.1,
+            group=group,
+            num_groups=2,
+            joint=True,
+            backend=backend,
+        )
+        return loss + stats.mass.square().sum() + stats.joint.rows.square().sum(), stats.detach()
+
+    return step, (torch.randn(rows, 6, generator=g), torch.randn(6, generator=g)), (target, group)
 
 
-@each_kernel
-@pytest.mark.parametrize("case", OPCHECK, ids=lambda c: c.id)
-def test_opcheck(case, backend, device):
-    ops = getattr(torch.ops, f"classfair_{backend}")
-    t, s = _raw_arguments(case, device)
-    torch.library.opcheck(ops.softmax_loss_fwd.default, (*t, *s))
-    out = ops.softmax_loss_fwd(*t, *s)
-    loss, lse, _, _, mass, hit, joint, *_ = (torch.rand_like(o) if o.is_floating_point() else o for o in out)
-    if not s.stats:
-        mass = hit = None
-    if t.cell is None:
-        joint = None
-    wants = [tensor is not None for tensor in (t.offset, t.margin, t.pair)]
-    tensors = (tensor.detach() if tensor is not None else None for tensor in t)
-    upstream = (loss, lse, mass, hit, joint, None if mass is None else mass.new_tensor(2.0))
-    torch.library.opcheck(ops.softmax_loss_bwd.default, (*upstream, *tensors, out[1], out[2], *s, *wants))
+def _pair_terms(rows, backend):
+    """A step of the loss with both pair terms, and its leaves."""
+    target = torch.randint(0, 6, (rows,), generator=torch.Generator().manual_seed(rows))
 
+    def step(weight, cov, mean, target, logits):
+        index = classfair.ops.label_index(target, weight.shape[0])
+        pair = 0.5 * pair_variance(weight, cov, index, normalize=True, backend=backend) + distance_margin(
+            mean, index, mean_distance=mean.new_tensor(1.0), backend=backend
+        )
+        return classfair.cross_entropy(logits, target, pair=pair), ()
 
-@each_kernel
-def test_label_index_opcheck(backend, device):
-    target, group = torch.tensor([[3, 1, -100, 3], [0, 1, 0, -1]], device=device)
-    op = getattr(torch.ops, f"classfair_{backend}").label_index.default
-    torch.library.opcheck(op, (target, None, 5, 1, -100))
-    torch.library.opcheck(op, (target, group, 5, 2, -100))
-
-
-def _step(logits, offset, target, group):
-    loss, stats = classfair.cross_entropy_with_stats(
-        logits, target, offset=offset, label_smoothing=0.1, group=group, num_groups=2, joint=True
-    )
-    return loss + stats.mass.square().sum() + stats.joint.rows.square().sum(), stats.detach()
+    leaves = draw(6, 4), draw(6, 4, seed=1).square()
+    return step, leaves, (draw(6, 4, seed=2), target, draw(rows, 6, seed=4))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-def test_compile_without_graph_breaks(compiler, dynamic):
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", [pytest.param(b, marks=[pytest.mark.slow] * (b == "reference")) for b in CPU])
+@pytest.mark.parametrize("make", [_statistics, _pair_terms])
+def test_compile_without_graph_breaks(make, backend, compiler, dynamic):
     torch._dynamo.reset()
-    compiled = torch.compile(_step, fullgraph=True, dynamic=dynamic, backend=compiler)
+    compiled = torch.compile(make(8, backend)[0], fullgraph=True, dynamic=dynamic, backend=compiler)
     for rows in (8, 5):
-        g = torch.Generator().manual_seed(rows)
-        logits, offset = torch.randn(rows, 6, generator=g), torch.randn(6, generator=g)
-        target, group = torch.randint(0, 6, (rows,), generator=g), torch.randint(0, 2, (rows,), generator=g)
+        step, leaves, rest = make(rows, backend)
 
-        def gradients(function, logits=logits, offset=offset, target=target, group=group):
-            leaves = logits.clone().requires_grad_(), offset.clone().requires_grad_()
-            value, stats = function(*leaves, target, group)
-            return value, *torch.autograd.grad(value, leaves), *pytree.tree_leaves(stats)
+        def results(function, leaves=leaves, rest=rest):
+            given = [leaf.clone().requires_grad_() for leaf in leaves]
+            value, others = function(*given, *rest)
+            return value, *torch.autograd.grad(value, given), *pytree.tree_leaves(others)
 
-        for got, expected in zip(gradients(compiled), gradients(_step), strict=True):
+        for got, expected in zip(results(compiled), results(step), strict=True):
             torch.testing.assert_close(got, expected)
+
+
+PENALTIES = {
+    "dp": classfair.demographic_parity_loss,
+    "eo": classfair.equalized_odds_loss,
+    "iou": classfair.iou_loss,
+}
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_compiles_where_nothing_needs_a_gradient(name):
+    def evaluate(logits, target, group):
+        loss, stats = classfair.cross_entropy_with_stats(logits, target, group=group, num_groups=2, joint=True)
+        return loss, PENALTIES[name](stats)
+
+    torch._dynamo.reset()
+    batch = torch.randn(8, 3), torch.arange(8) % 3, torch.arange(8) // 2 % 2
+    compiled = torch.compile(evaluate, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*batch), evaluate(*batch))
 
 
 def test_one_compilation_serves_batches_of_many_sizes():

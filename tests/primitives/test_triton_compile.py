@@ -5,8 +5,9 @@ import torch
 
 from classfair import backends
 from classfair._schema import Scalars, Tensors
-from tests.support.cases import CASES
-from tests.support.conformance import cast
+from tests.support.conformance import by_id, cast
+from tests.support.primitives import schema_arguments
+from tests.support.softmax_cases import CASES
 
 pytest.importorskip("triton", reason="triton is not installed")
 if "kernels" in backends.load_errors:
@@ -17,19 +18,6 @@ from classfair.kernels import class_moments, label_index, pair_terms, softmax_lo
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
-
-# Whole rows, wide rows, every optional tensor, strided rows.
-IDS = {
-    "plain-5x1000",
-    "plain-2x21841",
-    "stats-3x1025",
-    "all",
-    "mixed-all",
-    "dense-all",
-    "share-all",
-    "all-values-only",
-    "strided-3d",
-}
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="Triton interprets in this run")
 
@@ -71,8 +59,7 @@ def _check(kernels, names):
 def _compile_case(case, dtype, kernels):
     """The launches of a forward and of a backward from every output, without autograd."""
     x = cast(case.build(), dtype, "cpu")
-    tensors = Tensors(**{n: x[n] for n in Tensors._fields if n in x})
-    scalars = Scalars(**{n: x[n] for n in Scalars._fields if n in x})
+    tensors, scalars = schema_arguments(x)
     loss, lse, lse_raw, _, mass, hit, joint, _, _, loss_sum = softmax_loss.softmax_loss_fwd(*tensors, *scalars)
     upstream = (loss, lse, mass, hit, joint, loss_sum) if x["stats"] == 2 else (loss_sum, None, None, None, None, None)
     wants = [x.get(n) is not None for n in ("offset", "margin", "pair")]
@@ -86,18 +73,19 @@ def _compile_case(case, dtype, kernels):
     )
 
 
-def each_gpu(*capabilities):
-    names = [f"sm_{c}" for c in capabilities]
-    return pytest.mark.parametrize("compiled", capabilities, ids=names, indirect=True)
+def each_gpu(*capabilities, slow=()):
+    values = [pytest.param(c, id=f"sm_{c}", marks=[pytest.mark.slow] * (c in slow)) for c in (*capabilities, *slow)]
+    return pytest.mark.parametrize("compiled", values, indirect=True)
 
 
-def each_dtype(*dtypes):
-    return pytest.mark.parametrize("dtype", dtypes, ids=lambda d: str(d).removeprefix("torch."))
+def each_dtype(*dtypes, slow=()):
+    values = [pytest.param(d, id=str(d)[6:], marks=[pytest.mark.slow] * (d in slow)) for d in (*dtypes, *slow)]
+    return pytest.mark.parametrize("dtype", values)
 
 
 @each_gpu(90)
-@each_dtype(torch.bfloat16, torch.float64)
-@pytest.mark.parametrize("case", [c for c in CASES if c.id in IDS], ids=lambda c: c.id)
+@each_dtype(torch.bfloat16)
+@pytest.mark.parametrize("case", by_id(CASES, "all", "dense-all", "plain-2x21841"), ids=lambda c: c.id)
 def test_softmax_loss(case, dtype, compiled):
     _compile_case(case, dtype, compiled)
 
@@ -117,8 +105,8 @@ def test_label_index(group, compiled):
     _check(compiled, {"_key_kernel", "_first_kernel", "_slot_kernel"})
 
 
-@each_gpu(80, 90)
-@each_dtype(torch.float32, torch.float64, torch.bfloat16, torch.float16)
+@each_gpu(90, slow=[80])
+@each_dtype(torch.bfloat16, slow=[torch.float32, torch.float64, torch.float16])
 @pytest.mark.parametrize("variance", [True, False])
 @pytest.mark.parametrize("shape", [(70, 37), (2000, 2048)])
 def test_class_moments(shape, variance, dtype, compiled):
@@ -132,8 +120,8 @@ def test_class_moments(shape, variance, dtype, compiled):
     _check(compiled, names)
 
 
-@each_gpu(80, 90)
-@each_dtype(torch.float32, torch.float64)
+@each_gpu(90, slow=[80])
+@each_dtype(torch.float32, slow=[torch.float64])
 @pytest.mark.parametrize("normalize", [False, True])
 def test_pair_terms(normalize, dtype, compiled):
     weight, label, count = torch.zeros(70, 33, dtype=dtype), torch.arange(40), torch.tensor(40)

@@ -56,6 +56,7 @@ def run_installed(wheel, where, code):
 LOSS = "import torch, classfair; print(classfair.cross_entropy(torch.zeros(2, 4), torch.tensor([0, 1])).item())"
 
 
+@pytest.mark.slow
 def test_without_a_compiler_it_is_pure_python_and_says_so_once(sdist, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -72,6 +73,7 @@ def test_without_a_compiler_it_is_pure_python_and_says_so_once(sdist, tmp_path):
     assert ran.stderr.count("no compiled CPU kernels") == 1
 
 
+@pytest.mark.slow
 def test_cuda_is_refused_loudly_where_it_was_asked_for(sdist, tmp_path):
     compiler = shutil.which("c++") or shutil.which("g++")
     if compiler is None:

@@ -226,7 +226,8 @@ def alone(tmp_path_factory):
         return torch.load("result.pt", weights_only=True), names["labels"][1200:]
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 3])
 def test_any_number_of_processes_trains_the_same_model(world, alone, tmp_path):
     expected, evaluated = alone
     got = torchrun(world, recipe(TORCHRUN), tmp_path)
@@ -235,6 +236,7 @@ def test_any_number_of_processes_trains_the_same_model(world, alone, tmp_path):
     assert torch.equal(got["val_count"][0], torch.bincount(evaluated))  # every image exactly once
 
 
+@pytest.mark.slow
 def test_local_means_and_local_penalties_train_another_model(alone, tmp_path):
     script = changed(recipe(TORCHRUN), "        dist.all_reduce(total)\n        stats = stats.all_reduce()\n", "")
     script = changed(script, "loss * world / total", "loss / total")
@@ -336,6 +338,7 @@ def test_lightning_resumes_and_counts_every_image_once(here):
         assert torch.equal(resumed.state_dict()[name], value), name
 
 
+@pytest.mark.slow
 def test_lightning_in_two_processes(tmp_path):
     pytest.importorskip("lightning", reason="the recipe needs Lightning")
     script = changed(recipe("Lightning"), "devices=1", 'devices=2, strategy="ddp"')

@@ -1,68 +1,128 @@
-"""How an implementation is compared with the oracle: values, gradients, second gradients."""
+"""How a back-end of a primitive is compared with its oracle: one frame for all primitives.
 
+:mod:`tests.support.primitives` says how each primitive runs and how large its rounding errors may be.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from classfair.ops import SoftmaxLoss, softmax_loss
-from tests.support.cases import DIFFERENTIABLE, Case, Inputs
+Inputs = dict[str, Any]
+Results = dict[str, Tensor]
+#: Compares one result, by name: the one of the back-end, the true one, and the oracle's in the tested dtype.
+Rule = Callable[[str, Tensor, Tensor, Tensor], None]
 
-FLOAT_OUTPUTS = ("loss", "lse", "lse_raw", "mass", "hit", "joint", "total_weight")
-INTEGER_OUTPUTS = ("prediction", "counts")
-GRADIENT_SOURCES = ("loss", "lse", "mass", "hit", "joint")
+#: Inputs that may be of a low precision; every other float is of its accumulate dtype.
+STORED = ("logits", "features")
 
 
-def cast(inputs: Inputs, dtype: torch.dtype, device: str, acc: torch.dtype | None = None) -> Inputs:
-    """Logits in ``dtype``, other floats in its accumulate dtype, on a device."""
-    acc = acc or (torch.float64 if dtype == torch.float64 else torch.float32)
-    result = {}
+@dataclass(frozen=True)
+class Case:
+    """Inputs on the CPU, floats in float64; ``small`` ones serve gradcheck."""
+
+    id: str
+    build: Callable[[], Inputs]
+    small: bool = False
+
+
+def by_id(cases: Sequence[Any], *ids: str) -> list[Any]:
+    found = [c for c in cases if c.id in ids]
+    assert len(found) == len(ids), ids
+    return found
+
+
+class Primitive:
+    """What the suite needs to know of a primitive."""
+
+    name: str  # of classfair.backends.PRIMITIVES
+    operators: tuple[str, ...]
+    cases: Sequence[Any]  # with the attributes of Case
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64)
+    strided: tuple[str, ...] = ()  # inputs whose layout is free
+    layouts: Sequence[Any] = ()  # cases for layouts
+    repeated: Sequence[Any] = ()  # cases that have to give the same bits again
+    threaded: Sequence[Any] = ()  # cases that have to give the same bits with any number of threads
+    witnesses: Sequence[Any] = ()  # cases that together see every output of every operator
+    visible: float = 1e-4  # an error of this size in one element is seen in float32
+
+    def inputs(self, case: Any, dtype: torch.dtype, device: str) -> Inputs:
+        return cast(case.build(), dtype, device)
+
+    def run(self, inputs: Inputs, backend: str) -> Results:
+        """Every output, every state that is written and every gradient, by name; without what was not asked for."""
+        raise NotImplementedError
+
+    def oracle(self, inputs: Inputs) -> Results:
+        return self.run(inputs, "reference")
+
+    def rule(self, exact: Inputs, truth: Results, dtype: torch.dtype) -> Rule:
+        raise NotImplementedError
+
+    def function(self, inputs: Inputs, backend: str) -> tuple[Callable, tuple[Tensor, ...]]:
+        """A function of the differentiable inputs alone, and these."""
+        raise NotImplementedError
+
+    def gradcheck_options(self, backend: str) -> dict[str, dict[str, bool]]:
+        """Arguments of gradcheck and of gradgradcheck."""
+        return {"first": {}, "second": {}}
+
+    def calls(self, namespace: Any, device: str) -> Iterator[tuple[str, tuple]]:
+        """Operators and their arguments, for opcheck."""
+        raise NotImplementedError
+
+
+def cast(inputs: Inputs, dtype: torch.dtype, device: str) -> Inputs:
+    """The inputs in :data:`STORED` in ``dtype``, other floats in its accumulate dtype, all on a device."""
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    result = dict(inputs)
     for name, value in inputs.items():
-        result[name] = value
         if isinstance(value, Tensor):
-            floating = dtype if name == "logits" else acc
+            floating = dtype if name in STORED else acc
             result[name] = value.to(device, floating if value.is_floating_point() else value.dtype)
     return result
 
 
 def as_truth(inputs: Inputs) -> Inputs:
     """The same numbers in float64 on the CPU."""
-    return {
-        k: v.double().cpu()
-        if isinstance(v, Tensor) and v.is_floating_point()
-        else v.cpu()
-        if isinstance(v, Tensor)
-        else v
-        for k, v in inputs.items()
-    }
+    return cast(inputs, torch.float64, "cpu")
 
 
-def upstream(out: SoftmaxLoss) -> list[Tensor]:
-    """Non-uniform gradients for every differentiable output, the same for every back-end and dtype."""
-    result = []
-    for i, name in enumerate(GRADIENT_SOURCES):
-        value = getattr(out, name)
-        shape = (0,) if value is None else value.shape
-        g = torch.Generator().manual_seed(i)
-        result.append(torch.randn(shape, generator=g, dtype=torch.float64))
-    return result
+def _bits(value: Tensor) -> Tensor:
+    """The value, of which NaN equals NaN."""
+    return value.nan_to_num(nan=7.0) if value.is_floating_point() else value
 
 
-def run(
-    inputs: Inputs, backend: str, wanted: tuple[str, ...] = DIFFERENTIABLE
-) -> tuple[SoftmaxLoss, dict[str, Tensor]]:
-    """Outputs, and gradients of the ``wanted`` inputs from all differentiable outputs together."""
-    leaves = {n: inputs[n].detach().requires_grad_() for n in wanted if isinstance(inputs.get(n), Tensor)}
-    out = softmax_loss(**{**inputs, **leaves}, backend=backend)
-    pairs = [
-        (o, g.to(o.device, o.dtype))
-        for o, g in zip((getattr(out, n) for n in GRADIENT_SOURCES), upstream(out), strict=True)
-        if o is not None and o.requires_grad
-    ]
-    gradients = torch.autograd.grad(
-        [o for o, _ in pairs], list(leaves.values()), [g for _, g in pairs], allow_unused=True
-    )
-    return out, dict(zip(leaves, gradients, strict=True))
+def assert_same_bits(got: Results, expected: Results) -> None:
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(_bits(got[name]), _bits(value)), f"{name} differs"
+
+
+def check(primitive: Primitive, inputs: Inputs, backend: str, dtype: torch.dtype) -> None:
+    """All results of inputs on their device, against the oracle with the same numbers in float64."""
+    before = {k: v.clone() for k, v in inputs.items() if isinstance(v, Tensor)}
+    got, exact = primitive.run(inputs, backend), as_truth(inputs)
+    truth, same = primitive.oracle(exact), primitive.oracle(cast(inputs, dtype, "cpu"))
+    assert got.keys() == truth.keys(), f"results {sorted(got)}, expected {sorted(truth)}"
+    rule = primitive.rule(exact, truth, dtype)
+    for name, expected in same.items():
+        value = got[name].detach()
+        assert value.dtype == expected.dtype, f"{name}: {value.dtype}, expected {expected.dtype}"
+        assert value.shape == expected.shape, f"{name}: shape {tuple(value.shape)}, expected {tuple(expected.shape)}"
+        if value.is_floating_point():
+            rule(name, value.cpu(), truth[name].detach(), expected.detach())
+        else:
+            assert torch.equal(value.cpu(), expected), f"{name}: {value.flatten()[:20]}, not {expected.flatten()[:20]}"
+    for name, value in before.items():
+        assert torch.equal(_bits(value), _bits(inputs[name])), f"input {name} was written"
+
+
+def check_case(primitive: Primitive, case: Any, backend: str, device: str, dtype: torch.dtype) -> None:
+    check(primitive, primitive.inputs(case, dtype, device), backend, dtype)
 
 
 def assert_as_accurate(
@@ -76,87 +136,100 @@ def assert_as_accurate(
     walk randomly. In float64 log-sum-exp is stored in the precision of everything else, which costs |lse| eps.
     """
     eps, ulp = torch.finfo(acc).eps, torch.finfo(got.dtype).eps
-    got, truth, same = got.detach().double().cpu(), truth.double().cpu(), same.detach().double().cpu()
-    assert got.shape == truth.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(truth.shape)}"
+    got, truth, same = got.double(), truth.double(), same.double()
     if got.numel() == 0:
         return
     special = ~truth.isfinite()
-    assert torch.equal(got[special].nan_to_num(nan=7.0), truth[special].nan_to_num(nan=7.0)), (
+    assert torch.equal(_bits(got[special]), _bits(truth[special])), (
         f"{name}: NaN or infinities differ: {got[special]} instead of {truth[special]}"
     )
     assert bool(got[~special].isfinite().all()), f"{name}: not finite where the truth is"
     finite = torch.where(special, 0.0, truth).abs()
     scale = (finite.amax(-1, keepdim=True) if finite.dim() > 1 else finite).clamp_min(1.0)
     scale = scale * terms**0.5 * (1 + lse if acc == torch.float64 else 1)
-    error = torch.where(special, 0.0, got - truth).abs()
     bound = 2 * torch.where(special, 0.0, same - truth).abs() + ulp * finite + 8 * eps * scale
-    worst = (error - bound).flatten().argmax()
-    assert bool((error <= bound).all()), (
-        f"{name}: error {error.flatten()[worst]:.3g} above {bound.flatten()[worst]:.3g} at flat index {int(worst)}:"
-        f" got {got.flatten()[worst]:.9g}, truth {truth.flatten()[worst]:.9g}"
+    assert_within(name, torch.where(special, 0.0, got), torch.where(special, 0.0, truth), bound)
+
+
+def assert_within(name: str, got: Tensor, truth: Tensor, bound: Tensor) -> None:
+    error = (got - truth).abs()
+    wrong = ~(error <= bound)
+    assert not wrong.any(), (
+        f"{name}: {got[wrong][:5].tolist()} instead of {truth[wrong][:5].tolist()}, error {error[wrong][:5].tolist()}"
+        f" above {bound[wrong][:5].tolist()} at {wrong.nonzero()[:5].tolist()}"
     )
 
 
-def check_case(case: Case, backend: str, device: str, dtype: torch.dtype, **changes: Any) -> None:
-    """Values and first gradients of one case against the float64 oracle."""
-    check_inputs(cast({**case.build(), **changes}, dtype, device), backend, dtype)
+def upstream(values: Sequence[Tensor], seed: int = 0) -> list[Tensor]:
+    """Non-uniform gradients for these outputs, the same for every back-end and dtype."""
+    result = []
+    for i, value in enumerate(values):
+        g = torch.Generator().manual_seed(seed + i)
+        result.append(torch.randn(value.shape, generator=g, dtype=torch.float64).to(value.device, value.dtype))
+    return result
 
 
-def check_inputs(inputs: Inputs, backend: str, dtype: torch.dtype) -> None:
-    """The same of inputs on their device."""
-    before = {k: v.clone() for k, v in inputs.items() if isinstance(v, Tensor)}
-    out, gradients = run(inputs, backend)
-    truth, true_gradients = run(as_truth(inputs), "reference")
-    same, same_gradients = run(cast(inputs, dtype, "cpu"), "reference")
-    rows = truth.loss.numel()
-    lse = truth.lse[truth.lse.isfinite()].abs().amax().item() if rows else 0.0
-    tolerance = {"acc": torch.float64 if dtype == torch.float64 else torch.float32, "lse": lse}
-    for name in FLOAT_OUTPUTS:
-        terms = rows if name in ("mass", "hit", "joint") else 1
-        values = [getattr(o, name) for o in (out, truth, same)]
-        if values[1] is None:
-            assert values[0] is None, f"{name} was not asked for"
-            continue
-        assert_as_accurate(name, *values, terms=terms, **tolerance)
-    for name in INTEGER_OUTPUTS:
-        got, expected = getattr(out, name), getattr(same, name)
-        if expected is None:
-            assert got is None, f"{name} was not asked for"
-            continue
-        got = got.cpu()
-        assert torch.equal(got, expected), f"{name}: {got.tolist()[:20]} instead of {expected.tolist()[:20]}"
-    for name, gradient in gradients.items():
-        if true_gradients[name] is None:
-            assert gradient is None, f"gradient of {name} where the reference has none"
-            continue
-        values = _by_rows(gradient, true_gradients[name], same_gradients[name])
-        terms = 1 if name == "logits" else rows
-        assert_as_accurate(f"gradient of {name}", *values, terms=terms, **tolerance)
-    for name, value in before.items():
-        assert torch.equal(value.nan_to_num(nan=7.0), inputs[name].nan_to_num(nan=7.0)), f"input {name} was written"
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """The same matrices (..., N, C) in storage of another layout."""
+    shape = x.shape
+    if layout == "transposed":
+        return x.mT.contiguous().mT
+    if layout == "every-second-row":
+        return x.repeat_interleave(2, -2)[..., ::2, :]
+    if layout == "column-slice":
+        return torch.nn.functional.pad(x, (1, 2))[..., 1:-2]
+    assert layout == "misaligned"
+    return torch.cat([x.new_zeros(1), x.reshape(-1)])[1:].view(shape)
 
 
-def _by_rows(*gradients: Tensor) -> tuple[Tensor, ...]:
-    """Classes last, so that a row is a sample."""
-    return tuple(g.movedim(1, -1) if g.dim() == 3 else g for g in gradients)
+LAYOUTS = ("transposed", "column-slice", "misaligned", "every-second-row")
+
+
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def outputs(backend: str, operator: str) -> list[int]:
+    """Places of what an operator returns or, if it returns nothing, of the arguments that it writes."""
+    schema = getattr(getattr(torch.ops, f"classfair_{backend}"), operator).default._schema
+    written = [i for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+    return list(range(len(schema.returns))) or written
 
 
 class Corrupt:
-    """A back-end's namespace with the first element of one output of one operator slightly off, or left unwritten."""
+    """A back-end's namespace with the first element of one output of one operator slightly off, or left unwritten.
 
-    def __init__(self, inner, operator, output, fill):
+    Of an operator that returns nothing the output is an argument that it has written.
+    """
+
+    def __init__(self, inner: Any, operator: str, output: int, fill: Callable[[Tensor], Tensor]):
         self.inner, self.operator, self.output, self.fill = inner, operator, output, fill
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         function = getattr(self.inner, name)
         if name != self.operator:
             return function
 
-        def corrupted(*arguments):
-            result = list(function(*arguments))
-            wrong = result[self.output].clone()
-            wrong.view(-1)[0] = self.fill(wrong.view(-1)[0])
-            result[self.output] = wrong
-            return tuple(result)
+        def corrupted(*arguments: Any) -> Any:
+            result = function(*arguments)
+            if result is None:
+                self._spoil(arguments[self.output])
+                return None
+            single = isinstance(result, Tensor)
+            result = [result] if single else list(result)
+            result[self.output] = self._spoil(result[self.output].clone())
+            return result[0] if single else tuple(result)
 
         return corrupted
+
+    def _spoil(self, value: Tensor | None) -> Tensor | None:
+        if value is not None and value.numel():
+            first = value.view(-1)[:1]
+            first.copy_(self.fill(first))
+        return value

@@ -13,5 +13,8 @@ CHOOSES_ORDER_BY_LAYOUT = ("triton", "cuda")
 
 def runnable(primitive: str) -> list[tuple[str, str]]:
     """The pairs that this machine can run for a primitive."""
+    assert primitive in backends.PRIMITIVES, primitive
     present = {"cpu": True, "cuda": torch.cuda.is_available()}
-    return [(b, d) for b, d in PAIRS if present[d] and b in backends.usable(primitive, torch.device(d))]
+    # A penalty has no kernel for GPUs: there it is torch operators.
+    pairs = (*PAIRS, ("reference", "cuda")) if primitive == "penalties" else PAIRS
+    return [(b, d) for b, d in pairs if present[d] and b in backends.usable(primitive, torch.device(d))]

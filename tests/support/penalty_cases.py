@@ -1,10 +1,14 @@
-"""Inputs of ``dependence`` and ``iou_penalty`` for their conformance suite, in float64 on the CPU."""
+"""Inputs of ``dependence`` and ``iou_penalty`` for the conformance suite, in float64 on the CPU."""
 
+import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from tests.support.conformance import Case, Inputs
 
 
 class Rows(NamedTuple):
@@ -22,11 +26,6 @@ class Overlap(NamedTuple):
     mass: Tensor  # (G, C)
     hit: Tensor  # (G, C)
     count: Tensor  # (G, C)
-
-
-class Case(NamedTuple):
-    id: str
-    build: Callable[[], tuple]
 
 
 def _generator(*seed: int) -> torch.Generator:
@@ -62,6 +61,16 @@ def cells(number: int, classes: int, most: int = 20, spare: int = 2) -> Rows:
     n = count.T.reshape(-1)[cell, None]
     rows = torch.cat([_means(len(cell), classes, g) * n, torch.full((spare, classes), 3e5, dtype=torch.float64)])
     return Rows(rows, count, torch.cat([cell, cell.new_zeros(spare)]), torch.tensor(len(cell)))
+
+
+def segments(rows: Tensor, count: Tensor, cell: Tensor | None, num_cells: Tensor | None) -> tuple[list[Tensor], Tensor]:
+    """Numbers of the rows of each segment, those with samples, and samples behind every row."""
+    if cell is None or num_cells is None:
+        n = count.sum(1)
+        return [(n > 0).nonzero()[:, 0]], n
+    n = count[cell % len(count), cell // len(count)] * (torch.arange(len(cell)) < num_cells)
+    label = torch.where(n > 0, cell // len(count), -1)
+    return [(label == k).nonzero()[:, 0] for k in label.unique() if k >= 0], n
 
 
 def _edited(build: Callable[[], Rows], edit: Callable[[Rows], Rows]) -> Callable[[], Rows]:
@@ -134,11 +143,10 @@ def _few(x: Rows) -> Rows:
 
 def _dependence_cases() -> list[Case]:
     sizes = [(1, 1), (1, 5), (2, 1), (2, 2), (2, 31), (3, 5), (3, 33), (8, 2), (8, 31), (2, 1000), (8, 1100)]
-    # A cell is a program, and Triton's interpreter runs one after another.
     cell_sizes = [(1, 1), (1, 5), (2, 1), (2, 2), (2, 20), (3, 5), (8, 7)]
     large = 1 << 33
-    cases = [Case(f"groups-{g}x{c}", lambda g=g, c=c: groups(g, c)) for g, c in sizes]
-    cases += [Case(f"cells-{g}x{c}", lambda g=g, c=c: cells(g, c)) for g, c in cell_sizes]
+    cases = [Case(f"groups-{g}x{c}", lambda g=g, c=c: groups(g, c), (g, c) == (3, 5)) for g, c in sizes]
+    cases += [Case(f"cells-{g}x{c}", lambda g=g, c=c: cells(g, c), (g, c) == (3, 5)) for g, c in cell_sizes]
     few = _edited(lambda: cells(2, 60), _few)
     middle = {"groups": lambda: groups(3, 33), "cells": lambda: cells(3, 12)}
     for name, build in middle.items():
@@ -183,10 +191,10 @@ def _without(x: Overlap, group: int | slice, label: int | slice, mass: float = 0
 
 
 def _iou_cases() -> list[Case]:
-    sizes = [(1, 1), (1, 5), (2, 1), (2, 2), (3, 5), (3, 33), (8, 31), (20, 7), (2, 1000), (3, 2100)]
+    sizes = [(1, 1), (1, 5), (2, 1), (2, 2), (3, 4), (3, 5), (3, 33), (8, 31), (20, 7), (2, 1000), (3, 2100)]
     every = slice(None)
     return [
-        *(Case(f"{g}x{c}", lambda g=g, c=c: overlap(g, c)) for g, c in sizes),
+        *(Case(f"{g}x{c}", lambda g=g, c=c: overlap(g, c), (g, c) == (3, 4)) for g, c in sizes),
         Case("large", lambda: overlap(3, 31, 1 << 33)),
         Case("perfect", lambda: _perfect(overlap(3, 31))),
         Case("perfect-empty-group", lambda: _perfect(_without(overlap(3, 31), 1, every))),
@@ -199,5 +207,31 @@ def _iou_cases() -> list[Case]:
     ]
 
 
+def _with_options(cases: list[Case], **choices: tuple[str, str]) -> list[Case]:
+    """Every case with every combination of boolean options; ``choices`` are their words in the case's name."""
+    result = []
+    for case in cases:
+        for values in itertools.product((False, True), repeat=len(choices)):
+            words = [words[value] for words, value in zip(choices.values(), values, strict=True)]
+            build = partial(_arguments, case, dict(zip(choices, values, strict=True)))
+            result.append(Case("-".join([case.id, *words]), build, case.small))
+    return result
+
+
+def _arguments(case: Case, options: dict[str, bool]) -> Inputs:
+    return {**case.build()._asdict(), **options}
+
+
 DEPENDENCE = _dependence_cases()
 IOU = _iou_cases()
+KINDS = {"mutual_information": ("l2", "mi")}
+WEIGHTED = {"weighted": ("plain", "weighted")}
+PAIRED = {"paired": ("overall", "paired"), "skip": ("every-class", "skip")}
+
+
+def dependence_cases(*cases: Case) -> list[Case]:
+    return _with_options(list(cases), **KINDS, **WEIGHTED)
+
+
+def iou_cases(*cases: Case) -> list[Case]:
+    return _with_options(list(cases), **PAIRED)

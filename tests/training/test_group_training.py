@@ -296,6 +296,7 @@ def test_resumed_is_uninterrupted(job, tmp_path, monkeypatch, capsys):
     assert_equal(*states)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("world", "accum", "loss", "name"), [(2, 1, "cb", "iou"), (3, 2, "metalad", "eo-l2")])
 def test_processes_train_as_one(world, accum, loss, name, tmp_path):
     """800 images in steps of 120: the last step has 80, and its parts differ."""

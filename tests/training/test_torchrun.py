@@ -44,7 +44,7 @@ def alone(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_processes_train_and_count_as_one(world, alone, tmp_path):
     process = torchrun(world, *JOB, "-b", 60 // world, "--output", tmp_path / "run")
     assert process.returncode == 0, process.stderr
@@ -61,6 +61,7 @@ def test_processes_train_and_count_as_one(world, alone, tmp_path):
     assert json.loads((tmp_path / "run" / "config.json").read_text())["processes"] == world
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["train", "val"])
 def test_a_process_that_fails_ends_the_run_with_its_error(part, tmp_path):
     """One process reads an image that the other never sees."""
@@ -82,6 +83,7 @@ def test_a_process_that_fails_ends_the_run_with_its_error(part, tmp_path):
     assert time.monotonic() - start < 90  # and not the half hour that the others would wait
 
 
+@pytest.mark.slow
 def test_an_output_folder_that_is_refused_ends_all_processes(tmp_path):
     (tmp_path / "precious.txt").write_text("mine")
     process = torchrun(2, *JOB, "--output", tmp_path, timeout=90)
@@ -89,6 +91,7 @@ def test_an_output_folder_that_is_refused_ends_all_processes(tmp_path):
     assert "expected a new or empty output folder" in process.stderr
 
 
+@pytest.mark.slow
 def test_evaluation_has_the_running_averages_of_the_checkpoint(tmp_path):
     """Batch norm sees other images on every process; the model that is evaluated is the one that is kept."""
     pytest.importorskip("torchvision", reason="image folders need torchvision")

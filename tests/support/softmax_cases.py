@@ -1,15 +1,14 @@
 """Inputs of ``softmax_loss`` for the conformance suite: one row a case, built in float64."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from classfair.ops import label_index
+from tests.support.conformance import Inputs
 
-Inputs = dict[str, Any]
 Edit = Callable[[Inputs, torch.Generator], None]
 DIFFERENTIABLE = ("logits", "offset", "margin", "pair")
 
@@ -24,7 +23,7 @@ class Case:
     stats: int = 0
     scale: float = 2.0  # standard deviation of the logits
     edit: Edit | None = None
-    small: bool = field(default=False)  # small enough for gradcheck
+    small: bool = False  # small enough for gradcheck
 
     def build(self) -> Inputs:
         """Keyword arguments of ``classfair.ops.softmax_loss`` on the CPU, floats in float64."""
@@ -39,7 +38,7 @@ class Case:
         if "dense" not in self.features:
             inputs["target"] = labels
         for name in self.features:
-            FEATURES[name](inputs, g, rows, num_classes, labels)
+            {**FEATURES, **REDUCTIONS}[name](inputs, g, rows, num_classes, labels)
         if self.edit is not None:
             self.edit(inputs, g)
         return inputs
@@ -139,6 +138,13 @@ def _joint(x: Inputs, g: torch.Generator, rows: int, num_classes: int, labels: T
     x["cell"], x["num_cells"] = index.slot, index.key_of_slot.shape[0]
 
 
+def _reduced(reduction: str) -> Callable[[Inputs, torch.Generator, int, int, Tensor], None]:
+    def feature(x: Inputs, g: torch.Generator, rows: int, num_classes: int, labels: Tensor) -> None:
+        x["reduction"] = reduction
+
+    return feature
+
+
 FEATURES: dict[str, Callable[[Inputs, torch.Generator, int, int, Tensor], None]] = {
     "offset": _offset,
     "margin": _margin,
@@ -159,6 +165,7 @@ FEATURES: dict[str, Callable[[Inputs, torch.Generator, int, int, Tensor], None]]
     "many_groups": _many_groups,
     "joint": _joint,
 }
+REDUCTIONS = {"mean": _reduced("mean"), "sum": _reduced("sum")}
 ALL_HARD = ("offset", "margin", "rows", "weight", "smoothing", "focal", "group", "joint")
 
 
@@ -236,6 +243,10 @@ def _cases() -> list[Case]:
         if name != "group":
             features = tuple(dict.fromkeys(("group", *features)))
         cases.append(Case(f"{name}-stats", (9, 6), features, 2, small=True))
+    # The sum of the losses is an output of the operator.
+    for case in [c for c in cases if c.id in ("weight-stats", "smoothing", "ignore")]:
+        cases += [replace(case, id=f"{case.id}-{r}", features=(*case.features, r)) for r in ("mean", "sum")]
+    cases += [Case(f"all-{r}", (9, 6), (*ALL_HARD, r), 2, small=True) for r in ("mean", "sum")]
     # Rows of few classes share vectors, up to 16 classes; whole vectors of rows and a rest.
     narrow = ("weight", "group", "joint")
     cases += [
