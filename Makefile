@@ -44,7 +44,7 @@ test-slow: $(VENV)/.installed  ## run the proofs that take minutes
 # The .cu files, compiled by g++, serve as back-end `native` of the CPU; see tests/cuda_emulator/README.md.
 EMULATED := $(addprefix tests/primitives/test_,softmax_loss.py class_moments.py pair_terms.py reference.py)
 test-cuda-emulated: $(VENV)/.installed  ## run the CUDA kernels on the CPU: conformance, bounds, barriers, races
-	$(BIN)/python -m pytest tests/cuda_emulator
+	$(BIN)/python -m pytest -m "" tests/cuda_emulator
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p tests.cuda_emulator.plugin $(EMULATED) \
 	  -k "native-cpu or (label_index and native)" $(ARGS)
 

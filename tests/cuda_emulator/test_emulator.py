@@ -74,13 +74,15 @@ def test_every_broken_kernel_is_tried():
     assert re.findall(r"\w+", table) == list(FAULTS)
 
 
-def test_the_kernels_pass_chosen_cases():
+@pytest.mark.parametrize("ubsan", ["", pytest.param("1", marks=pytest.mark.slow)], ids=["plain", "ubsan"])
+def test_the_kernels_pass_chosen_cases(ubsan):
     """``make test-cuda-emulated`` runs them all."""
     chosen = "all-many-rows or mixed-all or dense-all or strided-3d or plain-3x1025 or skewed or nonfinite or 17x17"
     files = [f"tests/primitives/test_{name}.py" for name in ("softmax_loss", "class_moments", "pair_terms")]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.cuda_emulator.plugin", *files]
     command += ["-k", f"native-cpu and values_and and (float32 or bfloat16) and ({chosen})"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=900)
+    environment = {**os.environ, "CUDA_EMULATOR_UBSAN": ubsan}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=900)
     assert done.returncode == 0, done.stdout[-4000:]
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 20
 
