@@ -8,13 +8,12 @@ GPU_VENV ?= .venv-gpu
 GPU_PYTEST = $(GPU_VENV)/bin/python -m pytest -o addopts="--strict-markers -ra"
 SANITIZED := plain-3x31 or plain-3x1025 or all-many-rows or mixed-all or dense-all or strided-3d \
   or skewed or nonfinite or 3x33 or cells-zeros or 17x17x16
-SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*) setup.py pyproject.toml
+CPP := $(shell find csrc tests/cuda_emulator -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh")
+SOURCES := $(filter csrc/%,$(CPP)) setup.py pyproject.toml
 # Triton's kernels run on the CPU through its interpreter, which warns of every infinity it meets. It takes 20 seconds for
 # each of the wide cases with groups: those wait for test-slow.
 PRIMITIVES := $(addprefix tests/primitives/test_,softmax_loss.py class_moments.py pair_terms.py penalties.py)
 INTERPRETED = TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PRIMITIVES) -W ignore::RuntimeWarning
-EMULATOR := $(filter %.cpp %.h %.cu %.cuh,$(wildcard $(addprefix tests/cuda_emulator/,* */* */*/*)))
-CPP := $(filter-out %.py,$(wildcard csrc/*.cpp csrc/*.h csrc/*/*)) $(EMULATOR)
 
 .PHONY: help train test test-slow test-cuda-emulated test-gpu lint format bench bench-features bench-fairness bench-check bench-gpu sanitize cuda-check doctor clean
 

@@ -54,8 +54,9 @@ def cuda_archs(nvcc: str) -> str:
 
 
 def cpp_flags() -> list[str]:
-    # GCC's own AVX-512 headers trip the two "uninitialized" warnings.
+    # GCC's own AVX-512 headers trip the two "uninitialized" warnings; clang does not know all of these names.
     quiet = ["-Wno-psabi", "-Wno-unknown-pragmas", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+    quiet += ["-Wno-unknown-warning-option"]
     return ["-O3", "-g0", "-fvisibility=hidden", "-Wall", *quiet, STABLE_ABI]
 
 

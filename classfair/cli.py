@@ -7,11 +7,14 @@ import io
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import field, fields, make_dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+from classfair._names import printable, say
 
 if TYPE_CHECKING:
     from classfair.training import Epoch, Processes, RunFolder, TrainConfig
@@ -69,12 +72,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         from classfair.doctor import main as doctor_main
 
         return doctor_main(arguments[1:])
-    print(f"classfair: expected a command (train, doctor), got {command}", file=sys.stderr)
+    print(f"classfair: expected a command (train, doctor), got {printable(command)}", file=sys.stderr)
     return USAGE
 
 
 def entry() -> None:
     """The console script."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names that the encoding of a terminal lacks
+            stream.reconfigure(errors="backslashreplace")
     try:
         sys.exit(main())
     except KeyboardInterrupt:  # before there is anything to keep
@@ -83,9 +89,8 @@ def entry() -> None:
 
 def train(argv: Sequence[str]) -> int:
     """``classfair train``: parse, check everything that can be checked, train, report."""
-    if missing := _missing(_TRAIN_EXTRA):
-        needs = 'needs the "train" extra: pip install "classfair[train]"'
-        return _fail(f"{needs} (missing: {', '.join(missing)})", ENVIRONMENT)
+    if missing := _missing(_TRAIN_EXTRA, find_spec):
+        return _needs("train", missing)
     from classfair import training
 
     try:
@@ -97,8 +102,9 @@ def train(argv: Sequence[str]) -> int:
     try:
         names = [f.name for f in fields(training.TrainConfig)]
         config = training.TrainConfig(**{name: getattr(options, name) for name in names})
-        if config.image_folder is not None and _missing(_VISION_EXTRA):
-            return _fail('image folders need the "vision" extra: pip install "classfair[vision]"', ENVIRONMENT)
+        extra, modules = ("vision", _VISION_EXTRA) if config.image_folder is not None else ("train", _TRAIN_EXTRA)
+        if missing := _missing(modules, import_module):
+            return _needs(extra, missing)
         device = training.resolve_device(config.device)
         if options.resume and options.output:
             raise ValueError("expected output to be left out with resume, which goes on in its own folder")
@@ -125,22 +131,24 @@ def _train(options: Any, config: TrainConfig, device: Any, processes: Processes)
             training.check_resumable(config, training.saved_config(resume), processes.world)
         if processes.is_main:
             path = resume or Path(options.output or _default_output(config))
-            folder = training.RunFolder(path, resume=resume is not None)
+            training.check_output(config, path)
+            folder = training.RunFolder(path, resume=resume is not None, unique=not (resume or options.output))
     except (OSError, ValueError) as error:
         return _fail(error, USAGE)
     try:
         with _progress(config, shown=processes.is_main and not options.no_progress) as on_epoch:
             results = training.train(config, folder, on_epoch, device=device, processes=processes, resume=resume)
+        if folder is not None:
+            training.print_results(results, config, folder.path, as_json=options.json)
+            sys.stdout.flush()
     except KeyboardInterrupt:
         return _fail(_interrupted(folder, len(config.loss) * config.seeds), INTERRUPTED)
     except training.MissingPackageError as error:
         return _fail(error, ENVIRONMENT)
     except ValueError as error:
         return _fail(error, USAGE)
-    except (FloatingPointError, OSError, training.BadImageError) as error:
+    except (FloatingPointError, OSError, training.BadImageError, training.ResourceError) as error:
         return _fail(error, FAILURE)
-    if folder is not None:
-        training.print_results(results, config, folder.path, as_json=options.json)
     return OK
 
 
@@ -152,22 +160,30 @@ def _interrupted(folder: RunFolder | None, runs: int) -> str:
 
 
 def _fail(message: object, code: int) -> int:
-    print(f"classfair train: {message}", file=sys.stderr)
+    say(message)
     return code
 
 
 _TRAIN_EXTRA = {"tyro": "tyro", "rich": "rich", "sklearn": "scikit-learn", "matplotlib": "matplotlib"}
-_VISION_EXTRA = {"torchvision": "torchvision"}
+_VISION_EXTRA = {**_TRAIN_EXTRA, "torchvision": "torchvision"}
 
 
-def _missing(modules: dict[str, str]) -> list[str]:
+def _missing(modules: dict[str, str], find: Callable[[str], object]) -> list[str]:
+    """Packages that are not there: ``find_spec`` looks for them, ``import_module`` knows, and takes seconds."""
     missing = []
     for module, package in modules.items():
         try:
-            import_module(module)
+            found = find(module)
         except ImportError:
+            found = None
+        if found is None:
             missing.append(package)
     return missing
+
+
+def _needs(extra: str, missing: list[str]) -> int:
+    needs = f'needs the "{extra}" extra: pip install "classfair[{extra}]"'
+    return _fail(f"{needs} (missing: {', '.join(missing)})", ENVIRONMENT)
 
 
 def _default_output(config: TrainConfig) -> str:

@@ -214,6 +214,9 @@ def _labels(function: str, source: Any, num_classes: int | None) -> Tensor:  # (
     if stored is None:
         kind = type(source).__name__
         raise TypeError(f"{function}: expected labels or a data set with .targets, .labels or .tensors, got {kind}")
+    shape = tuple(np.shape(stored.cpu() if isinstance(stored, Tensor) else stored))
+    if len(shape) != 1:  # one-hot rows, or labels of pixels
+        raise ValueError(f"{function}: expected one label per sample, got labels of shape {shape}")
     labels = _label_tensor(function, stored, num_classes)
     if labels.numel() == 0:
         raise ValueError(f"{function}: expected at least one sample, got none")

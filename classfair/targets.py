@@ -98,16 +98,23 @@ def _stored_targets(dataset: Any) -> Any:
     """Labels that a data set keeps, without loading a sample; None where it keeps none."""
     if hasattr(dataset, "indices") and hasattr(dataset, "dataset"):  # torch.utils.data.Subset
         inner = _stored_targets(dataset.dataset)
-        return None if inner is None else np.asarray(inner)[np.asarray(dataset.indices)]
+        return None if inner is None else np.asarray(inner)[np.asarray(dataset.indices, dtype=np.int64)]
     if hasattr(dataset, "datasets"):  # torch.utils.data.ConcatDataset
         parts = [_stored_targets(d) for d in dataset.datasets]
         return None if any(p is None for p in parts) else np.concatenate([np.asarray(p) for p in parts])
     for name in ("targets", "labels"):
         if hasattr(dataset, name):
-            return getattr(dataset, name)
+            return _transformed(getattr(dataset, name), getattr(dataset, "target_transform", None))
     if hasattr(dataset, "tensors"):  # TensorDataset: targets come last
         return dataset.tensors[-1]
     return dataset if isinstance(dataset, Tensor | np.ndarray | list | tuple) else None
+
+
+def _transformed(stored: Any, transform: Any) -> Any:
+    """Labels as the samples have them: torchvision's data sets keep those from before ``target_transform``."""
+    if transform is None:
+        return stored
+    return [transform(label) for label in (stored.tolist() if isinstance(stored, Tensor | np.ndarray) else stored)]
 
 
 def _label_tensor(function: str, stored: Any, num_classes: int | None) -> Tensor:
@@ -117,6 +124,10 @@ def _label_tensor(function: str, stored: Any, num_classes: int | None) -> Tensor
         labels = labels.long()  # an empty list
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"{function}: expected integer labels, got {labels.dtype}")
+    if labels.dim() == 2 and labels.shape[1] == num_classes != 1 and _is_one_hot(labels):
+        raise TypeError(
+            f"{function}: expected labels, got one-hot rows of shape {tuple(labels.shape)}; argmax(1) has them"
+        )
     labels = labels.reshape(-1).long()
     bad = ~_in_range(labels, num_classes)
     if bool(bad.any()):
@@ -126,20 +137,24 @@ def _label_tensor(function: str, stored: Any, num_classes: int | None) -> Tensor
     return labels
 
 
+def _is_one_hot(rows: Tensor) -> bool:  # (N, C)
+    return len(rows) > 0 and bool(((rows == 0) | (rows == 1)).all()) and bool((rows.sum(1) == 1).all())
+
+
 def class_counts(dataset_or_targets: Any, num_classes: int) -> Tensor:
     """Number of samples of each class.
 
     Args:
         dataset_or_targets: integer labels (tensor, array or sequence), or a data set that keeps them: ``targets`` or
-            ``labels`` (torchvision), ``TensorDataset``, and ``Subset`` or ``ConcatDataset`` of such. No sample is
-            loaded. Give the whole training set, not the shard of one process.
+            ``labels`` (torchvision; its ``target_transform`` is applied), ``TensorDataset``, and ``Subset`` or
+            ``ConcatDataset`` of such. No sample is loaded. Give the whole training set, not the shard of one process.
         num_classes: C; classes without a sample get 0.
 
     Returns:
         ``(C,)`` int64 on the CPU.
 
     Raises:
-        TypeError: if no labels are found, or they are no integers.
+        TypeError: if no labels are found, or they are no integers, or one-hot rows.
         ValueError: if a label is outside of [0, C); it names the first.
 
     Example:

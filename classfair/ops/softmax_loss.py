@@ -13,6 +13,7 @@ from classfair.ops.penalties import Penalty, Statistics
 STATS_NONE, STATS_VALUES, STATS_DIFFERENTIABLE = 0, 1, 2
 NUM_TENSORS = len(Tensors._fields)
 NUM_SCHEMA = NUM_TENSORS + len(Scalars._fields)
+NUM_DIFFERENTIABLE = 4  # of the tensors: logits, offset, margin and pair
 
 
 class Options(NamedTuple):
@@ -189,7 +190,6 @@ class SoftmaxLossBackward(torch.autograd.Function):
 
     generate_vmap_rule = True
     _num_upstream = 5  # and one more, the scale, which is None here
-    _num_differentiable = 4  # logits, offset, margin, pair
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
@@ -205,7 +205,7 @@ class SoftmaxLossBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple:
-        first, count = SoftmaxLossBackward._num_upstream, SoftmaxLossBackward._num_differentiable
+        first, count = SoftmaxLossBackward._num_upstream, NUM_DIFFERENTIABLE
         tensors = ctx.saved_tensors
         present = [i for i, t in enumerate(tensors[: first + count]) if t is not None]
         wanted = [g is not None and w for g, w in zip(grads, (True, *ctx.wants), strict=True)]
@@ -248,7 +248,12 @@ class _EagerSoftmaxLoss(SoftmaxLossFunction):
 
 def _apply(*inputs: Any) -> tuple[Tensor, ...]:
     if backends.transformed():
-        return SoftmaxLossFunction.apply(*inputs)
+        recorded = torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad for t in inputs[:NUM_DIFFERENTIABLE]
+        )
+        # Without a gradient the Dynamo of torch 2.10 takes a forward of any number of inputs for one that takes ctx.
+        direct = torch.compiler.is_compiling() and not recorded
+        return SoftmaxLossFunction.forward(*inputs) if direct else SoftmaxLossFunction.apply(*inputs)
     every: list[Tensor] = []
     differentiable = _EagerSoftmaxLoss.apply(*inputs, every)
     return *differentiable, *every[len(differentiable) :]
@@ -282,12 +287,12 @@ def softmax_loss(
     if backend == "reference":
         return _reference(t, s, reduction, penalty, key, num_cells)
     options = Options(reduction, backend, *(penalty or ()))
-    loss, lse, *rest = _apply(*t, *s, key, num_cells, *options)
+    out = _apply(*t, *s, key, num_cells, *options)
     if not s.stats:
-        return SoftmaxLoss(loss, lse, rest[0])
-    mass, hit, *rest = rest
-    joint = mass.new_empty(0, 0) if t.cell is None else rest.pop(0)
-    total_weight, lse_raw, prediction, counts = rest[:4]
+        return SoftmaxLoss(*out[:3])
+    end = 2 + num_sums(t)
+    joint = out[4] if t.cell is not None else out[2].new_empty(0, 0)
+    (loss, lse, mass, hit), (total_weight, lse_raw, prediction, counts) = out[:4], out[end : end + 4]
     return SoftmaxLoss(loss, lse, total_weight, lse_raw, prediction, mass, hit, joint, counts)
 
 

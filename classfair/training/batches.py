@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from classfair.data import ClassBalancedSampler, UnpaddedDistributedSampler
 from classfair.training.config import TrainConfig
 from classfair.training.distributed import Processes
 from classfair.training.group_table import Groups
+from classfair.training.image_list import ImageList
 
 #: What a batch is asked for with: the epoch, and the indices of its images.
 Request = tuple[int, list[int]]
@@ -32,6 +34,7 @@ class Data:
     num_val: int
     class_names: list[str]
     groups: Groups | None = None
+    images: ImageList | None = None  # of a folder
 
 
 class TensorBatches(Dataset[Any]):
@@ -54,28 +57,6 @@ class Draw(IntEnum):
 def derived_seed(purpose: Draw, *parts: int) -> int:
     """A seed of its own for every purpose and combination of numbers, e.g. seed, epoch and process."""
     return int(np.random.SeedSequence((purpose, *parts)).generate_state(1, np.uint64)[0])
-
-
-def load_data(config: TrainConfig, seed: int) -> Data:
-    """The data set that the configuration names."""
-    if config.image_folder is not None:
-        from classfair.training.image_folder import load_image_folder
-
-        return load_image_folder(config, config.image_folder, seed)
-    from classfair.training.digits import GROUP_NAMES, digits_long_tailed, in_groups
-
-    split, groups = digits_long_tailed(seed, config.imbalance), None
-    if config.has_groups:
-        split, *parts = in_groups(split, np.random.default_rng(derived_seed(Draw.GROUP, seed)))
-        groups = Groups(GROUP_NAMES, *parts)
-    return Data(
-        train=TensorBatches(split.train_x, split.train_y),
-        val=TensorBatches(split.test_x, split.test_y),
-        train_targets=split.train_y,
-        num_val=len(split.test_y),
-        class_names=[str(digit) for digit in range(10)],
-        groups=groups,
-    )
 
 
 class TrainingOrder(Sampler[Request]):
@@ -160,6 +141,28 @@ def loader(
         pin_memory=device.type == "cuda",
         generator=torch.Generator().manual_seed(0),  # unused, but else drawn from the global random state
     )
+
+
+class ResourceError(RuntimeError):
+    """Something that the machine has too little of: memory, processes."""
+
+
+@contextlib.contextmanager
+def resource_errors() -> Iterator[None]:
+    """ResourceError in one sentence where a loader's process dies, at any moment, or memory is out."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        reason = lines[-1] if "Original Traceback" in str(error) else lines[0]
+        if "DataLoader worker" in str(error):
+            hint = "out of memory, or killed; fewer --workers need less"
+            raise ResourceError(
+                f"expected the processes that load images to live, one ended ({reason}): {hint}"
+            ) from None
+        if isinstance(error, torch.OutOfMemoryError | MemoryError):
+            raise ResourceError(f"expected memory enough ({reason}): a smaller --batch-size needs less") from None
+        raise
 
 
 def _leave_interrupts_to_the_main_process(worker: int) -> None:

@@ -18,6 +18,7 @@ SAMPLERS = ("shuffle", "class-balanced")
 AUGMENTS = ("none", "ra", "ta_wide", "augmix", "imagenet")
 AMP_DTYPES = ("bfloat16", "float16")
 BAD_IMAGES = ("error", "skip")
+MISSING_GROUPS = ("error", "blank")
 FAIRNESS = ("none", "dp-l2", "dp-mi", "eo-l2", "eo-mi", "iou")
 DIGITS = ("digits", "digits-groups")
 IMAGE_FOLDER = "imagefolder:"
@@ -57,6 +58,11 @@ class TrainConfig:
     )
     group_column: str = _option(
         "", "Column of --groups whose values are the groups; blank: of none, in no statistic.", metavar="NAME"
+    )
+    missing_groups: str = _option(
+        "error",
+        "What words such as nan, NA and None are in --group-column: an error, or no group, as blanks are.",
+        metavar="{error,blank}",
     )
     model: str = _option(
         "mlp",
@@ -206,6 +212,7 @@ class TrainConfig:
             "auto_augment": AUGMENTS,
             "amp_dtype": AMP_DTYPES,
             "bad_images": BAD_IMAGES,
+            "missing_groups": MISSING_GROUPS,
             "fairness": FAIRNESS,
         }
         rules = {name: (getattr(self, name) in known, f"to be {_either(known)}") for name, known in choices.items()}
@@ -291,6 +298,8 @@ class TrainConfig:
         rules: dict[str, tuple[bool, str]] = {}
         if self.groups or self.group_column:
             rules["group_column"] = (bool(self.groups and self.group_column), "together with groups, a CSV file")
+        if not self.groups and self.missing_groups == "blank":
+            rules["missing_groups"] = (False, "to be left out without groups, a CSV file")
         if self.fairness in FAIRNESS[1:]:
             rules["fairness"] = (self.has_groups, "with groups: data digits-groups, or groups and group_column")
         elif self.fairness_weight >= 0:

@@ -15,10 +15,19 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
 import classfair
+from classfair._names import say
 from classfair.losses import FeatureLoss
 from classfair.nn import WithFeatures, with_features
 from classfair.training import interruption
-from classfair.training.batches import Data, Draw, EvaluationOrder, TrainingOrder, derived_seed, load_data, loader
+from classfair.training.batches import (
+    Data,
+    Draw,
+    EvaluationOrder,
+    TrainingOrder,
+    derived_seed,
+    loader,
+    resource_errors,
+)
 from classfair.training.config import FEATURE_LOSSES, TrainConfig
 from classfair.training.distributed import Processes, local_device
 from classfair.training.group_measures import NEED_JOINT, penalty
@@ -32,7 +41,9 @@ from classfair.training.objective import (
     build_schedules,
     read_effective_frequency,
 )
-from classfair.training.run_folder import CHECKPOINT_VERSION, GROUPS_VERSION, RunFolder, newest_checkpoint
+from classfair.training.run_folder import CHECKPOINT_VERSION, RunFolder
+from classfair.training.saved import check_same_images, check_state, newest_checkpoint
+from classfair.training.sources import load_data
 from classfair.training.totals import Epoch, RunResult, Totals
 
 IGNORED = -100
@@ -184,14 +195,19 @@ class Run:
         totals = self._totals(joint=True)
         order = EvaluationOrder(self.data.num_val, self.config.val_batch_size, self.processes)
         groups = None if self.data.groups is None else self.data.groups.val
-        for batch in self._batches(self.data.val, order, groups):
-            loss, stats = self._loss(self.model, *batch, joint=totals.joint is not None)
-            totals.add(loss, stats.count.sum(), stats)
+        lost = torch.zeros((), dtype=torch.int64, device=self.device)
+        for images, target, group in self._batches(self.data.val, order, groups):
+            loss, stats = self._loss(self.model, images, target, group, joint=totals.joint is not None)
+            every = _count(stats, target, group)
+            lost += (every - stats.count).sum()
+            totals.add(loss, every.sum(), replace(stats, count=every))  # without finite logits: a wrong prediction
+        if (number := int(self.processes.sum_(lost))) and self.processes.is_main:
+            say(f"{self.loss} seed {self.seed}, epoch {self.epoch}: {number} validation images without finite logits")
         return self._merged(totals, "validation")
 
     def _merged(self, totals: Totals, part: str) -> Totals:
         totals.merge(self.processes)
-        if not totals.count.any():
+        if not totals.count.any() and totals.loss.isfinite().all():
             raise BadImageError(f"expected {part} images that can be read, got none")
         return totals
 
@@ -236,6 +252,10 @@ class Run:
             raise FloatingPointError(
                 f"expected finite {self.loss} loss, got {train_loss} in epoch {self.epoch + 1}: try a smaller lr"
             )
+        if not torch.stack([p.isfinite().all() for p in self.model.parameters()]).all():
+            raise FloatingPointError(
+                f"expected finite weights after epoch {self.epoch + 1} of {self.loss}, got nan or inf: try a smaller lr"
+            )
         for schedule in (self.lr_schedule, *self.schedules):
             schedule.step()
         self.epoch += 1
@@ -268,13 +288,14 @@ class Run:
         assert self.train is not None
         assert self.val is not None
         return {
-            "format_version": GROUPS_VERSION if self.group_names else CHECKPOINT_VERSION,
+            "format_version": CHECKPOINT_VERSION,
             "loss": self.loss,
             "seed": self.seed,
             "epoch": self.epoch,
             "config": self.config.as_dict(),
             "class_names": self.data.class_names,
             **group_state(self.data.groups),
+            **({} if self.data.images is None else {"images": self.data.images.digests}),
             "train_loss": self.train_loss,
             "train": self.train.state_dict(),
             "val": self.val.state_dict(),
@@ -283,9 +304,11 @@ class Run:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where a checkpoint stands; ValueError if it is that of another job."""
-        if state["class_names"] != self.data.class_names:
+        if state.get("class_names") != self.data.class_names:
             raise ValueError("expected a checkpoint with the classes of the data, got other classes")
         check_same_groups(self.data.groups, state)
+        tables = {"train": self._totals(joint=False), "val": self._totals(joint=True)}
+        check_state(state, self.config, self._parts(), tables)
         try:
             for name, part in self._parts().items():
                 part.load_state_dict(state[name])
@@ -296,6 +319,15 @@ class Run:
             ) from None
         self.epoch, self.train_loss = state["epoch"], list(state["train_loss"])
         self.train, self.val = Totals.from_state(state["train"]), Totals.from_state(state["val"])
+
+
+def _count(stats: classfair.BatchStats, target: Tensor, group: Tensor | None) -> Tensor:
+    """(G, C) images of a batch that are not ignored, with those that statistics leave out."""
+    groups, classes = stats.count.shape
+    counted = target != IGNORED
+    cell = torch.where(counted, target if group is None else group * classes + target, 0)
+    count = torch.zeros(groups * classes, dtype=torch.int64, device=target.device)
+    return count.scatter_add_(0, cell, counted.long()).view(groups, classes)
 
 
 def _ignored(target: Any) -> Any:
@@ -315,9 +347,11 @@ def run_all(
 ) -> list[RunResult]:
     """Train every loss with every seed. Only the main process has a folder; all read ``resume``."""
     results = []
-    with _own_random_state(device):
+    with _own_random_state(device), resource_errors():
         for seed in range(config.seed, config.seed + config.seeds):
             data = load_data(config, seed)
+            if folder is not None and data.images is not None:
+                folder.keep_images(data.images)
             for loss in config.loss:
                 # One run at a time: models of two would take twice the memory.
                 results.append(fit(prepare(loss, seed, data, config, device, processes, resume), folder, on_epoch))
@@ -335,8 +369,9 @@ def prepare(
 ) -> Run:
     """A new run, or one that stands where its newest checkpoint does."""
     state = None if resume is None else newest_checkpoint(resume, loss, seed)
-    if state is None:
+    if resume is None or state is None:
         return Run(loss, seed, data, config, device, processes)
+    check_same_images(data.images, state, resume)
     # What the checkpoint replaces need not be there any more.
     run = Run(loss, seed, data, replace(config, weights="", effective_frequency=""), device, processes)
     run.config = config
@@ -348,7 +383,8 @@ def fit(run: Run, folder: RunFolder | None, on_epoch: Callable[[Epoch], None]) -
     """Train until the last epoch, with a checkpoint every ``save_every`` epochs and at the end."""
     name = f"{run.loss}-seed{run.seed}"
     if folder is not None:
-        folder.begin(name, run.epoch, finished=run.epoch == run.config.epochs)
+        classes, finished = len(run.data.class_names), run.epoch == run.config.epochs
+        folder.begin(name, run.epoch, classes, run.group_names, finished=finished)
     while run.epoch < run.config.epochs:
         now = run.next_epoch()
         last = run.epoch == run.config.epochs

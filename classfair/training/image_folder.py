@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,16 +10,19 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
+from classfair._names import printable, say
 from classfair.data import MixedTargetCollate
 from classfair.training.batches import Data, Draw, Request, derived_seed
 from classfair.training.config import TrainConfig
 from classfair.training.group_table import check_for_penalty, read_groups
-
-Sample = tuple[str, int]  # path and label
+from classfair.training.image_list import ImageList
+from classfair.training.pixels import read_image
+from classfair.training.scan import Sample, Scan, left_out_line
 
 IGNORED = -100
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, which pretrained models expect
 RESIZE = 256 / 224  # shorter side of validation images before the centre crop, in crops
+LONGEST = 8  # times the shorter side: a longer validation image first loses its ends, which the crop drops anyway
 
 
 class BadImageError(RuntimeError):
@@ -61,48 +63,63 @@ class ImageBatches(Dataset[Any]):
 
     def _read(self, epoch: int, index: int) -> tuple[Tensor, int]:
         from PIL import Image
-        from torchvision.datasets.folder import default_loader
 
         path, label = self.samples[index]
         torch.default_generator.manual_seed(derived_seed(Draw.IMAGE, self.seed, epoch, index))
         try:
-            image = default_loader(path)
+            image = read_image(path)
         except Exception as error:  # decoders fail in their own ways
             reason = str(error) or type(error).__name__
             if not self.skip_bad:
                 raise BadImageError(
                     f"expected an image, got {path} ({reason}); --bad-images skip leaves it out"
                 ) from None
-            print(f"classfair train: skipped {path} ({reason})", file=sys.stderr)
+            say(f"skipped {path} ({reason})")
             image, label = Image.new("RGB", (64, 64)), IGNORED
         return self.transform(image), label
 
 
+def image_folders(config: TrainConfig, folder: Path) -> tuple[Path, Path]:
+    """Where the folders of classes are, for training and for validation; the same one where it is split."""
+    if config.split:
+        return folder, folder
+    return (folder, Path(config.val_dir)) if config.val_dir else (folder / "train", folder / "val")
+
+
+def check_output(config: TrainConfig, output: Path) -> None:
+    """ValueError for a run folder among the folders of classes, where it would be one."""
+    for folder in () if config.image_folder is None else image_folders(config, config.image_folder):
+        if output.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(
+                f"expected output outside of the folders of classes, got {output} in {folder}: name one with --output"
+            )
+
+
 def load_image_folder(config: TrainConfig, folder: Path, seed: int) -> Data:
     """Training and validation images of a folder; ValueError about what is missing."""
-    train_dir, val_dir = folder, Path(config.val_dir)
-    if not config.val_dir and not config.split:
-        train_dir, val_dir = folder / "train", folder / "val"
-        if not (train_dir.is_dir() and val_dir.is_dir()):
-            raise ValueError(f"expected val_dir, split, or folders train and val in {folder}, got none of them")
-    names = _class_folders(train_dir)
-    train = _samples(train_dir, names)
-    _check_complete(train, names, f"training images of every class in {train_dir}", "")
+    train_dir, val_dir = image_folders(config, folder)
+    if not config.val_dir and not config.split and not (train_dir.is_dir() and val_dir.is_dir()):
+        raise ValueError(f"expected val_dir, split, or folders train and val in {folder}, got none of them")
+    scan = Scan((train_dir, val_dir))
+    names = _class_folders(scan, train_dir)
+    train = scan.samples(train_dir, names)
+    _check_complete(train, names, f"training images of every class in {train_dir}", scan)
     if config.split:
         train, val = _split(train, config.split, seed)
     else:
         if val_dir.resolve() == train_dir.resolve():
             raise ValueError(f"expected validation images other than those of training, got {val_dir} for both")
-        if unknown := sorted(set(_class_folders(val_dir)) - set(names)):
+        if unknown := sorted(set(_class_folders(scan, val_dir)) - set(names)):
             raise ValueError(f"expected classes of {train_dir} in {val_dir}, got {_some(unknown)} as well")
-        val = _samples(val_dir, names)
+        val = scan.samples(val_dir, names)
     if not config.allow_missing:
         hint = "; --allow-missing leaves such classes out of all means"
-        _check_complete(val, names, "validation images of every class", hint)
+        _check_complete(val, names, "validation images of every class", scan, hint)
     groups = None
     if config.groups:
         paths = [[path for path, _ in part] for part in (train, val)]
-        groups = read_groups(Path(config.groups), config.group_column, folder, *paths)
+        blank = config.missing_groups == "blank"
+        groups = read_groups(Path(config.groups), config.group_column, folder, *paths, missing_is_blank=blank)
         if config.fairness != "none":
             check_for_penalty(groups)
     collate = MixedTargetCollate(_mix(config)) if config.mixup or config.cutmix else default_collate
@@ -114,35 +131,31 @@ def load_image_folder(config: TrainConfig, folder: Path, seed: int) -> Data:
         num_val=len(val),
         class_names=names,
         groups=groups,
+        images=ImageList.of(train, val, (train_dir, val_dir), scan.left_out),
     )
 
 
-def _class_folders(folder: Path) -> list[str]:
+def _class_folders(scan: Scan, folder: Path) -> list[str]:
     """Names of the classes, in the order of their labels."""
     if not folder.is_dir():
         raise ValueError(
             f"expected a folder of images, got {folder}, which is {'a file' if folder.exists() else 'missing'}"
         )
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    names = scan.classes(folder)
     for name in names:
-        if not name.isprintable() or name.encode(errors="surrogateescape").decode(errors="replace") != name:
+        if printable(name) != name:
             raise ValueError(f"expected class folders with printable names in UTF-8 in {folder}, got {name!r}")
     if not names:
         raise ValueError(f"expected one folder of images per class in {folder}, got none")
     return names
 
 
-def _samples(folder: Path, names: list[str]) -> list[Sample]:
-    """Images of the classes by name: a class that is missing here must not shift the labels of the others."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
-
-    return make_dataset(folder, {name: c for c, name in enumerate(names)}, IMG_EXTENSIONS, allow_empty=True)
-
-
-def _check_complete(samples: list[Sample], names: list[str], expected: str, hint: str) -> None:
+def _check_complete(samples: list[Sample], names: list[str], expected: str, scan: Scan, hint: str = "") -> None:
     present = {label for _, label in samples}
     if missing := [name for c, name in enumerate(names) if c not in present]:
-        raise ValueError(f"expected {expected}, got none of {_some(missing)}{hint}")
+        left_out = left_out_line(scan.left_out, scan.roots[0])
+        why = f" (left out: {left_out})" if left_out else ""
+        raise ValueError(f"expected {expected}, got none of {_some(missing)}{why}{hint}")
 
 
 def _some(names: list[str]) -> str:
@@ -186,7 +199,17 @@ def _val_transform(config: TrainConfig) -> Callable[[Any], Tensor]:
     from torchvision.transforms import v2
 
     resize = v2.Resize(round(config.img_size * RESIZE), antialias=True)
-    return v2.Compose([resize, v2.CenterCrop(config.img_size), *_to_normalised_tensor()])
+    return v2.Compose([_without_ends, resize, v2.CenterCrop(config.img_size), *_to_normalised_tensor()])
+
+
+def _without_ends(image: Any) -> Any:
+    """The middle of an image of 1 x 6000 pixels, whose longer side would be scaled to millions."""
+    from torchvision.transforms.v2 import functional
+
+    longest = LONGEST * min(image.size)
+    if max(image.size) <= longest:
+        return image
+    return functional.center_crop(image, [min(image.height, longest), min(image.width, longest)])
 
 
 def _to_normalised_tensor() -> list[Any]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from classfair.nn import CosineLinear, replace_head
 from classfair.training.batches import Draw, derived_seed
 from classfair.training.config import TrainConfig
+from classfair.training.weights import fit_weights, load_weights
 
 WIDTHS = (64, 64, 32)
 
@@ -30,7 +31,7 @@ def build_model(config: TrainConfig, num_classes: int, seed: int, *, cosine: boo
         arguments, pretrained = _arguments(config), config.weights == "pretrained"
         try:
             model = _by_name(config.model, num_classes, arguments, pretrained)
-            _check_logits(model, config.img_size, num_classes)
+            _check_logits(model, config, num_classes)
         except (TypeError, AssertionError, RuntimeError) as error:
             if isinstance(error, MissingPackageError):
                 raise
@@ -45,13 +46,26 @@ def build_model(config: TrainConfig, num_classes: int, seed: int, *, cosine: boo
 
 
 @torch.no_grad()
-def _check_logits(model: nn.Module, size: int, num_classes: int) -> None:
-    """What the model returns, before hours of loading images for it."""
-    model.eval()
-    logits = model(torch.zeros(2, 3, size, size))
-    shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-    if shape != (2, num_classes):
-        raise RuntimeError(f"logits of shape {shape} for 2 images of {num_classes} classes")
+def _check_logits(model: nn.Module, config: TrainConfig, num_classes: int) -> None:
+    """What the model returns in evaluation and in training, before hours of loading images for it."""
+    images = torch.zeros(min(2, config.batch_size), 3, config.img_size, config.img_size)  # as few as a pass may have
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    for training in (False, True):
+        try:
+            logits = model.train(training)(images)
+        except ValueError as error:
+            if training and len(images) == 1:
+                raise RuntimeError("one image, too few for its batch norm: batch_size must be 2 or more") from None
+            raise RuntimeError(str(error)) from None
+        if not isinstance(logits, Tensor):
+            when, hint = ("in training", "; try --model-kwargs aux_logits=False") if training else ("in evaluation", "")
+            raise RuntimeError(f"{type(logits).__name__} instead of logits {when}{hint}")
+        if logits.shape != (len(images), num_classes):
+            raise RuntimeError(
+                f"logits of shape {tuple(logits.shape)} for {len(images)} images of {num_classes} classes"
+            )
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name])
 
 
 def _by_name(name: str, num_classes: int, arguments: dict[str, Any], pretrained: bool) -> nn.Module:
@@ -63,7 +77,7 @@ def _by_name(name: str, num_classes: int, arguments: dict[str, Any], pretrained:
             make = torchvision.models.get_model
             model = make(name, weights=None, num_classes=num_classes, **arguments)
             if pretrained:  # through torchvision's own model, which knows the old names in its files
-                _fit_weights(model, _download(make, name, weights="DEFAULT").state_dict(), "torchvision's weights")
+                fit_weights(model, _download(make, name, weights="DEFAULT").state_dict(), "torchvision's weights")
             return model
     try:
         import timm
@@ -96,38 +110,6 @@ def _arguments(config: TrainConfig) -> dict[str, Any]:
         except (ValueError, SyntaxError):
             result[name] = text
     return result
-
-
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a file with a state dict, bare or in a checkpoint of this package, torchvision, timm or DDP."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise ValueError(f"expected weights in a readable file, got {path} ({error.strerror})") from None
-    except Exception:  # torch.load fails in many ways on what is no checkpoint, and refuses pickled code
-        raise ValueError(
-            f"expected weights in a file of plain tensors, got {path}, which is not safe to load as such"
-        ) from None
-    for key in ("model", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    tensors = isinstance(content, dict) and content and all(isinstance(v, Tensor) for v in content.values())
-    if not tensors:
-        raise ValueError(f"expected a state dict in {path}, got something else")
-    _fit_weights(model, {name.removeprefix("module."): value for name, value in content.items()}, str(path))
-
-
-def _fit_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Load everything but a head of another shape; a ValueError where more than that differs."""
-    own = model.state_dict()
-    reshaped = {k for k, v in state.items() if k in own and own[k].shape != v.shape}
-    heads = {k.rpartition(".")[0] for k in reshaped}
-    missing = {k for k in set(own) - set(state) if not k.endswith("num_batches_tracked")}  # as torch, from old files
-    differs = missing | (set(state) - set(own))
-    if differs or len(heads) > 1:
-        example = min(differs or reshaped)
-        raise ValueError(f"expected weights of the same architecture, got {source}, which differs in {example}")
-    model.load_state_dict({k: v for k, v in state.items() if k not in reshaped}, strict=False)
 
 
 def mlp(widths: tuple[int, ...], generator: torch.Generator) -> nn.Sequential:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,8 @@ from torch.optim import lr_scheduler
 import classfair
 from classfair.priors import MIN_FREQUENCY
 from classfair.training.config import TrainConfig
+from classfair.training.report import METRICS_VERSION
+from classfair.training.schema import CheckpointError, Number, read_json
 
 TERMS = {"nisda": ("variance",), "distance": ("distance",), "metalad": ("proportion", "variance", "distance")}
 WARMUP_START = 0.01  # of the learning rate, in the first epoch of its warm-up
@@ -79,18 +80,19 @@ def read_effective_frequency(run: Path, seed: int, class_names: list[str]) -> Te
 
     Clamped, because a class of which nothing was recognised still needs a finite weight.
     """
+    run_schema = {"loss": str, "seed": int, "effective_frequency": [Number | None]}
     try:
-        report = json.loads((run / "metrics.json").read_text())
-        runs = [r for r in report["runs"] if r["seed"] == seed]
-        runs = [r for r in runs if r["loss"] == "ce"] or runs
-        names, values = report["class_names"], runs[0]["effective_frequency"] if len(runs) == 1 else None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"expected effective_frequency to name a finished run folder, got {run} ({error!r:.80})"
-        ) from None
+        report = read_json(run / "metrics.json", {"class_names": [str], "runs": [run_schema]}, METRICS_VERSION)
+    except CheckpointError as error:
+        raise ValueError(f"expected effective_frequency to name a finished run folder, got {run} ({error})") from None
+    runs = [r for r in report["runs"] if r["seed"] == seed]
+    runs = [r for r in runs if r["loss"] == "ce"] or runs
+    names, values = report["class_names"], runs[0]["effective_frequency"] if len(runs) == 1 else None
     if values is None:
         raise ValueError(f"expected one run of seed {seed}, of ce if there are several, in {run}, got {len(runs)}")
     if names != class_names:
         raise ValueError(f"expected a run with the same classes in {run}, got others")
+    if len(values) != len(names) or not all(value is None or 0 <= value <= 1 for value in values):
+        raise ValueError(f"expected {len(names)} effective frequencies from 0 to 1 in {run}, got others")
     frequency = torch.tensor([1.0 if value is None else value for value in values], dtype=torch.float64)
     return frequency.clamp_min(MIN_FREQUENCY)

@@ -2,35 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import gzip
 import io
+import itertools
 import json
 import math
 import os
 import re
-import sys
 import tempfile
-import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 
+from classfair._names import cell, printable, say
+from classfair.training.image_list import ImageList
+from classfair.training.ownership import LOCK, Lock, remove_unfinished, unfinished_name
 from classfair.training.totals import CLASS_COLUMNS, Epoch
 
-CHECKPOINT_VERSION = 2
-GROUPS_VERSION = 3  # with groups: an earlier classfair would go on without them and their penalty
+CHECKPOINT_VERSION = 4
+IMAGES_VERSION = 1
 CONFIG = "config.json"
+IMAGES = "images.json.gz"
 COLUMNS = [f"{part}_{column}" for part in ("train", "val") for column in CLASS_COLUMNS]
 STATISTICS = ",".join(["epoch", "class", *COLUMNS]) + "\n"
+FOLDERS = ("checkpoints", "statistics")
+NUMBER = r"(?:[0-9.e+-]+|nan|inf)"
 GROUP_STATISTICS = ",".join(["epoch", "group", "class", *COLUMNS]) + "\n"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be gone on with."""
 
 
 class RunFolder:
@@ -44,26 +47,44 @@ class RunFolder:
             folder.write_json("config.json", {...})
     """
 
-    def __init__(self, path: Path, *, resume: bool = False) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, resume: bool = False, unique: bool = False) -> None:
+        """``unique``: take another name, with a number, where this one exists."""
         self.finished: list[str] = []
         self.has_checkpoint = resume
         self._created: list[Path] = []
         self._written: list[Path] = []
+        self._lock: Lock | None = None
+        self._images_kept = False
         try:
-            self._created += [p for p in (path, *path.parents) if not p.exists()]  # deepest first
-            path.mkdir(parents=True, exist_ok=True)
-            if not resume and (entries := sorted(entry.name for entry in path.iterdir())):
+            self.path = self._make(path, unique=unique)
+            self._lock = Lock(self.path)
+            if not resume and (entries := sorted({entry.name for entry in self.path.iterdir()} - {LOCK})):
                 raise FileExistsError(f"expected a new or empty output folder, got {path}, which holds {entries[0]}")
-            tempfile.TemporaryFile(dir=path).close()
-            for unfinished in path.rglob(".*.[0-9]*"):  # a kill left them
-                unfinished.unlink()
+            tempfile.TemporaryFile(dir=self.path).close()
+            for folder in (self.path, *(self.path / name for name in FOLDERS)):
+                remove_unfinished(folder)
         except OSError as error:
-            self._remove_created()
+            self._leave()
             if error.strerror is None:
                 raise
             reason = error.strerror.lower()
             raise type(error)(f"expected a writable output folder, got {path} ({reason})") from None
+
+    def _make(self, path: Path, *, unique: bool) -> Path:
+        self._created += [p for p in path.parents if not p.exists()]  # deepest first
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for number in itertools.count(2):
+            try:
+                path.mkdir()
+            except FileExistsError:
+                if not unique:
+                    path.mkdir(exist_ok=True)  # an error for a file
+                    return path
+                path = path.with_name(f"{path.name if number == 2 else path.name.rpartition('-')[0]}-{number}")
+            else:
+                self._created.insert(0, path)
+                return path
+        raise AssertionError
 
     def __enter__(self) -> RunFolder:
         return self
@@ -74,21 +95,36 @@ class RunFolder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if board := self.__dict__.get("_board"):
-            board.close()
-        if kind is not None and not self.has_checkpoint:
-            for path in self._written:
-                path.unlink(missing_ok=True)
-            self._remove_created()
+        try:
+            if board := self.__dict__.get("_board"):
+                with contextlib.nullcontext() if kind is None else contextlib.suppress(OSError):  # the first one counts
+                    board.close()
+        finally:
+            keep = kind is None or self.has_checkpoint
+            if not keep:
+                for path in self._written:
+                    path.unlink(missing_ok=True)
+            self._leave(keep=keep)
+
+    def _leave(self, *, keep: bool = False) -> None:
+        if self._lock is not None:
+            self._lock.release()
+        if keep:
+            return
+        for path in self._created:
+            try:
+                path.rmdir()
+            except OSError:  # never made, or something else lives in it by now
+                continue
 
     def write(self, name: str, content: bytes | Callable[[BinaryIO], object]) -> Path:
         """Write to a temporary neighbour, force it to disk, then rename: never half a file."""
         target = self._place(name)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}")
+        temporary = target.with_name(unfinished_name(target.name))
         try:
-            with temporary.open("xb") as file:
+            with _named(target), temporary.open("xb") as file:
                 if callable(content):
-                    content(file)
+                    _call(content, file)
                 else:
                     file.write(content)
                 file.flush()
@@ -97,7 +133,8 @@ class RunFolder:
         except BaseException:  # an interrupt too
             temporary.unlink(missing_ok=True)
             raise
-        _sync_folder(target.parent)
+        with _named(target):
+            _sync_folder(target.parent)
         return target
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
@@ -106,7 +143,7 @@ class RunFolder:
 
     def write_checkpoint(self, name: str, state: dict[str, Any], *, last: bool) -> None:
         """Replace the checkpoint of a run, keeping the one before until the run is finished."""
-        target, previous = _checkpoints(self.path, name)
+        target, previous = checkpoint_files(self.path, name)
         if target.exists():
             target.replace(previous)
         self.write(str(target.relative_to(self.path)), lambda file: torch.save(state, file))
@@ -115,18 +152,44 @@ class RunFolder:
             previous.unlink(missing_ok=True)
             self.finished.append(name)
 
-    def begin(self, name: str, epoch: int, *, finished: bool) -> None:
+    def keep_images(self, images: ImageList) -> None:
+        """Keep the list of images for a resume, and say what is not in it; once for all runs."""
+        if self._images_kept:
+            return
+        self._images_kept = True
+        if images.line:
+            say(f"left out {images.line}")
+        if not (self.path / IMAGES).exists():
+            text = json.dumps({"format_version": IMAGES_VERSION, **images.as_dict()}, indent=0)
+            self.write(IMAGES, gzip.compress(text.encode(), mtime=0))
+
+    def begin(self, name: str, epoch: int, classes: int, groups: list[str], *, finished: bool) -> None:
         """Start or go on with a run after that epoch: what was logged later was lost with its weights."""
         if finished:
             self.finished.append(name)
-        for file, header in ((f"{name}.csv", STATISTICS), (f"{name}-groups.csv", GROUP_STATISTICS)):
-            log = self.path / "statistics" / file
-            if not log.exists():
-                continue
-            rows = log.read_text(errors="replace").splitlines(keepends=True)
-            number = re.compile(r"(\d+),.*\n")  # a kill leaves half a row, or a header that never reached the disk
-            kept = [row for row in rows if (found := number.fullmatch(row)) and int(found[1]) <= epoch]
-            self.write(f"statistics/{file}", (header + "".join(kept)).encode())
+        expected = [str(c) for c in range(classes)]
+        self._cut(f"{name}.csv", STATISTICS, epoch, expected)
+        by_group = [f"{text},{c}" for text in map(_csv_text, groups) for c in expected]
+        self._cut(f"{name}-groups.csv", GROUP_STATISTICS, epoch, by_group)
+
+    def _cut(self, file: str, header: str, epoch: int, keys: list[str]) -> None:
+        """Keep the rows of a log up to an epoch; a damaged one is kept beside it, by name."""
+        log = self.path / "statistics" / file
+        if not keys or not (log.exists() or epoch):
+            return
+        text = log.read_bytes().decode(errors="replace") if log.is_file() else ""
+        numbers = "," + ",".join([NUMBER] * len(COLUMNS))
+        due = {f"{e},{key}" for e in range(1, epoch + 1) for key in keys}
+        kept = {}
+        for row in text.split("\n")[:-1]:  # a kill leaves half a row, or a header that never reached the disk
+            found = re.fullmatch(f"(.*){numbers}", row)
+            if found and found[1] in due:
+                kept[found[1]] = f"{row}\n"
+        if lost := len(due) - len(kept):
+            aside = f"statistics/{file}.damaged"
+            self.write(aside, text.encode())
+            say(f"{log} lacks {lost} of {len(due)} rows up to epoch {epoch}; what it had is in {self.path / aside}")
+        self.write(f"statistics/{file}", (header + "".join(kept.values())).encode())
 
     def log(self, name: str, now: Epoch) -> None:
         """Statistics of an epoch by class and by group, and its scalars for TensorBoard where that is installed."""
@@ -136,7 +199,7 @@ class RunFolder:
             parts = zip(now.train.group_rows(), now.val.group_rows(), strict=True)
             groups = zip(now.groups, parts, strict=False)  # what follows the named ones are images without a group
             rows = [
-                [now.epoch, group, c, *train, *val]
+                [now.epoch, cell(group), c, *train, *val]
                 for group, both in groups
                 for c, (train, val) in enumerate(zip(*both, strict=True))
             ]
@@ -149,15 +212,20 @@ class RunFolder:
         if not log.exists():
             text.write(header)
         csv.writer(text, lineterminator="\n").writerows(rows)
-        with log.open("a") as file:
-            file.write(text.getvalue())
-            file.flush()
-            os.fsync(file.fileno())
+        with _named(log), log.open("ab", buffering=0) as file:
+            size, rest = file.seek(0, os.SEEK_END), memoryview(text.getvalue().encode())
+            try:
+                while rest:
+                    rest = rest[file.write(rest) :]
+                os.fsync(file.fileno())
+            except BaseException:
+                file.truncate(size)
+                raise
 
     def _log_scalars(self, name: str, now: Epoch) -> None:
         if self._board is not None:
             for key, value in now.summary().items():
-                self._board.add_scalar(f"{name}/{key}", value, now.epoch)
+                self._board.add_scalar(f"{name}/{printable(key)}", value, now.epoch)
 
     @cached_property
     def _board(self) -> Any:
@@ -166,7 +234,11 @@ class RunFolder:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             return None
-        board = SummaryWriter(str(self.path / "tensorboard"))
+        try:
+            board = SummaryWriter(str(self.path / "tensorboard"))
+        except UnicodeEncodeError:  # a path that is not of the locale's encoding
+            say(f"no TensorBoard: it cannot write to {self.path}")
+            return None
         self._written += (self.path / "tensorboard").iterdir()
         self._created.insert(0, self.path / "tensorboard")
         return board
@@ -180,17 +252,49 @@ class RunFolder:
             self._written.append(target)
         return target
 
-    def _remove_created(self) -> None:
-        for path in self._created:
-            try:
-                path.rmdir()
-            except OSError:  # never made, or something else lives in it by now
-                continue
 
-
-def _checkpoints(path: Path, name: str) -> tuple[Path, Path]:
+def checkpoint_files(path: Path, name: str) -> tuple[Path, Path]:
+    """The newest checkpoint of a run, and the one before it."""
     folder = path / "checkpoints"
     return folder / f"{name}.pt", folder / f"{name}.previous.pt"
+
+
+@contextlib.contextmanager
+def _named(target: Path) -> Iterator[None]:
+    """OSError with the name of the file."""
+    try:
+        yield
+    except OSError as error:
+        raise type(error)(f"expected to write {target}, got {error.strerror or error}") from None
+
+
+def _call(write: Callable[[BinaryIO], object], file: BinaryIO) -> None:
+    """torch.save turns the errors of a file into a RuntimeError about positions."""
+    errors: list[OSError] = []
+
+    class Noting:
+        def write(self, data: Any) -> int:
+            try:
+                return file.write(data)
+            except OSError as error:
+                errors.append(error)
+                raise
+
+        flush = file.flush
+
+    try:
+        write(cast(BinaryIO, Noting()))
+    except RuntimeError:
+        if errors:
+            raise errors[0] from None
+        raise
+
+
+def _csv_text(text: str) -> str:
+    """As a cell of a row that is written."""
+    row = io.StringIO()
+    csv.writer(row, lineterminator="").writerow([cell(text)])
+    return row.getvalue()
 
 
 def _sync_folder(path: Path) -> None:
@@ -200,35 +304,6 @@ def _sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def newest_checkpoint(path: Path, loss: str, seed: int) -> dict[str, Any] | None:
-    """The newest whole checkpoint of a run, None if there is none; CheckpointError for one of another version."""
-    name = f"{loss}-seed{seed}"
-    files = [file for file in _checkpoints(path, name) if file.exists()]
-    for file in files:
-        try:
-            with zipfile.ZipFile(file) as archive:
-                damaged = archive.testzip()  # torch.load checks no checksum
-            state = None if damaged else torch.load(file, map_location="cpu", weights_only=True)
-        except Exception:  # torch.load fails in many ways on what is no checkpoint, and refuses pickled code
-            state = None
-        if not isinstance(state, dict):
-            print(f"classfair train: {file} is damaged", file=sys.stderr)
-            continue
-        version = state.get("format_version")
-        if version not in (CHECKPOINT_VERSION, GROUPS_VERSION):
-            age = "a newer" if isinstance(version, int) and version > GROUPS_VERSION else "an older"
-            raise CheckpointError(
-                f"expected a checkpoint of format {CHECKPOINT_VERSION} or {GROUPS_VERSION}, got {file} of format"
-                f" {version}, which {age} classfair wrote"
-            )
-        if (state.get("loss"), state.get("seed")) != (loss, seed):
-            raise CheckpointError(f"expected a checkpoint of {name}, got {file} of another run")
-        return state
-    if files:
-        raise CheckpointError(f"expected a whole checkpoint of {name} in {path}, got damaged ones only")
-    return None
 
 
 def json_ready(value: Any) -> Any:

@@ -165,6 +165,8 @@ def test_a_class_without_samples_is_warned_about():
         ([0, 1, 5], ValueError, r"expected labels in \[0, 3\), got 5 at position 2"),
         ([0, -1], ValueError, ".*got -1 at position 1"),
         ([0.5], TypeError, "expected integer labels, got torch.float64"),
+        (torch.eye(3, dtype=torch.int64), TypeError, r"expected labels, got one-hot rows of shape \(3, 3\); argmax"),
+        ([[0, 1, 0], [1, 0, 0]], TypeError, r"expected labels, got one-hot rows of shape \(2, 3\); argmax"),
         (iter([1]), TypeError, "expected integer labels or a data set with .targets"),
     ],
 )

@@ -323,9 +323,27 @@ class _Labelled:
         _Labelled(labels=np.array([0, 2, 2, 1, 2])),
         TensorDataset(torch.zeros(5, 1), torch.tensor([0, 2, 2, 1, 2])),
         Subset(_Labelled(targets=[2, 9, 0, 2, 2, 1]), [0, 2, 3, 4, 5]),
+        _Labelled(targets=[5, 7, 7, 6, 7], target_transform=lambda label: label - 5),
+        _Labelled(targets=torch.tensor([5, 7, 7, 6, 7]), target_transform={5: 0, 6: 1, 7: 2}.get),
+        Subset(
+            _Labelled(labels=np.array([7, 9, 5, 7, 7, 6]), target_transform=lambda y: torch.tensor(y - 5)),
+            [0, 2, 3, 4, 5],
+        ),
         ConcatDataset([_Labelled(targets=[0, 2, 2]), _Labelled(targets=torch.tensor([1, 2]))]),
     ],
-    ids=["list", "uint8", "int32", "targets", "labels", "TensorDataset", "Subset", "ConcatDataset"],
+    ids=[
+        "list",
+        "uint8",
+        "int32",
+        "targets",
+        "labels",
+        "TensorDataset",
+        "Subset",
+        "moved",
+        "mapped",
+        "moved subset",
+        "ConcatDataset",
+    ],
 )
 def test_class_counts(source):
     assert class_counts(source, 4).tolist() == [1, 1, 3, 0]

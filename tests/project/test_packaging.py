@@ -98,6 +98,29 @@ def test_sdist_to_wheel_has_its_kernels(sdist, tmp_path):
     assert ran.stderr == ""
 
 
+CLANG = next(
+    (path for version in ("", *(f"-{v}" for v in range(30, 13, -1))) if (path := shutil.which("clang++" + version))),
+    None,
+)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CLANG is None, reason="no clang++")
+def test_kernels_that_clang_compiles_pass_the_suite(sdist, tmp_path):
+    """The row code is written in vector extensions and target pragmas, which GCC and clang spell differently."""
+    result, wheels = build_wheel(sdist, tmp_path / "out", CLASSFAIR_CUDA="0", CXX=CLANG)
+    assert result.returncode == 0, result.stdout + result.stderr
+    site = tmp_path / "site"
+    code = "from classfair import _C; print(_C.build_info()['compiler'])"
+    assert run_installed(wheels[0], site, code).stdout.startswith("clang")
+    shutil.copytree(ROOT / "tests", site / "tests")
+    arguments = ["-c", "/dev/null", "-q", "--noconftest", "-k", "native-cpu and values_and"]
+    files = [str(site / f"tests/primitives/test_{name}.py") for name in ("softmax_loss", "pair_terms", "class_moments")]
+    ran = run_installed(wheels[0], site, f"import pytest; sys.exit(pytest.main({[*arguments, *files]!r}))")
+    assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-2000:]
+    assert " passed" in ran.stdout
+
+
 def test_importing_needs_no_extra():
     """Only torch and numpy are dependencies: the rest is imported where it is used, and so is torch's compiler, which
     takes seconds."""

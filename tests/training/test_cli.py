@@ -105,7 +105,7 @@ def test_chart_is_a_png_with_something_on_it(tiny):
 
 def test_checkpoint_loads_safely(tiny):
     checkpoint = torch.load(tiny / "checkpoints" / "la-seed1.pt", weights_only=True)
-    assert checkpoint["format_version"] == 2
+    assert checkpoint["format_version"] == 4
     assert checkpoint["epoch"] == checkpoint["config"]["epochs"] == 2
     assert checkpoint["model"]["0.weight"].shape == (64, 64)
     assert checkpoint["criterion"]["offset"].shape == (10,)
@@ -310,3 +310,38 @@ def test_python_m_imports_no_extra():
     assert process.stdout == f"classfair {__version__}\n"
     loaded = {line.rsplit("|", 1)[-1].strip() for line in process.stderr.splitlines()}
     assert not loaded & set(EXTRAS)
+
+
+#: What takes long to import. torch.utils.tensorboard and torch._dynamo are torch's own, and are not part of its import.
+HEAVY = {
+    *("matplotlib", "sklearn", "scipy", "pandas", "torchvision", "timm", "PIL", "torchmetrics", "lightning"),
+    *("tensorboard", "torch.utils.tensorboard", "torch._dynamo", "torch._inductor", "torch.onnx"),
+}
+
+
+@pytest.mark.parametrize(
+    ("statement", "heavy"),
+    [
+        ("import classfair", HEAVY | {"rich", "tyro"}),
+        ("import classfair.training", HEAVY | {"tyro"}),
+        ("from classfair.cli import main; main(['train', '--help'])", HEAVY),
+        ("from classfair.cli import main; main(['train', '--data', 'imagefolder:x', '--help'])", HEAVY),
+    ],
+)
+def test_what_takes_seconds_to_import_waits_until_it_is_used(statement, heavy):
+    code = f"import sys, torch; before = set(sys.modules); {statement}; print(*set(sys.modules) - before)"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = process.stdout.splitlines()[-1].split()
+    assert any(name.startswith("classfair") for name in loaded)
+    assert not [name for name in loaded if name in heavy or name.partition(".")[0] in heavy]
+
+
+def test_a_package_that_is_there_and_cannot_be_imported_is_missing(tmp_path, capsys, monkeypatch):
+    broken = tmp_path / "sklearn"
+    broken.mkdir()
+    (broken / "__init__.py").write_text("raise ImportError('libgfortran.so.5: cannot open shared object file')")
+    monkeypatch.delitem(sys.modules, "sklearn", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert run("--output", tmp_path / "run") == 3
+    assert "(missing: scikit-learn)" in one_line(capsys)
+    assert not (tmp_path / "run").exists()

@@ -1,6 +1,7 @@
 """Training on a folder of real digit images, from the command line: models, augmentation, bad input."""
 
 import csv
+import gzip
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ pytest.importorskip("torchvision", reason="image folders need torchvision")
 timm = pytest.importorskip("timm", reason="timm's models need timm")
 
 from classfair.training import TrainConfig, engine, saved_config  # noqa: E402
-from classfair.training.image_folder import load_image_folder  # noqa: E402
+from classfair.training.image_folder import _val_transform, load_image_folder  # noqa: E402
 
 CLASSES = ["eight", "five", "four", "nine", "one", "seven", "six", "three", "two", "zero"]  # as folders sort
 COUNTS = dict(zip(CLASSES, (30, 20, 16, 12, 10, 8, 6, 5, 4, 3), strict=True))
@@ -238,6 +239,45 @@ def test_what_is_missing_is_named(break_it, message, copy, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("size", [(1, 6000), (6000, 1), (3, 1000)])
+def test_an_image_of_one_row_of_pixels_is_not_scaled_to_millions(size):
+    from PIL import Image
+
+    image = Image.new("RGB", size)
+    middle = [(side - 8 * min(size)) // 2 if side > 8 * min(size) else 0 for side in size]
+    for x in range(middle[0], size[0] - middle[0]):
+        for y in range(middle[1], size[1] - middle[1]):
+            image.putpixel((x, y), (255, 255, 255))
+    pixels = _val_transform(TrainConfig.for_data("imagefolder:x", img_size=32))(image)
+    assert pixels.shape == (3, 32, 32)
+    assert pixels.min() > 2  # white: the middle
+
+
+def test_an_image_that_is_not_so_long_is_scaled_as_ever():
+    from PIL import Image
+    from torchvision.transforms import v2
+
+    image = Image.effect_noise((41, 320), 90).convert("RGB")
+    plain = v2.CenterCrop(32)(v2.Resize(37, antialias=True)(image))
+    config = TrainConfig.for_data("imagefolder:x", img_size=32)
+    expected = v2.Compose(_val_transform(config).transforms[3:])(plain)
+    torch.testing.assert_close(_val_transform(config)(image), expected, rtol=0, atol=0)
+
+
+def test_what_the_scan_leaves_out_is_said_once_and_recorded(copy, tmp_path, capsys):
+    (copy / "train" / "one" / ".cache").mkdir()
+    for name in ("a.gif", "b.txt"):
+        (copy / "train" / "one" / name).write_text("text")
+    os.mkfifo(copy / "val" / "two" / "pipe.png")
+    assert train(copy, tmp_path / "run", "--epochs", 1, "--seeds", 2) == 0
+    error = one_line(capsys)
+    assert "left out 1 hidden (train/one/.cache), 2 of unknown extensions (train/one/a.gif, train/one/b.txt)" in error
+    assert "1 not regular files (val/two/pipe.png)" in error
+    record = json.loads(gzip.decompress((tmp_path / "run" / "images.json.gz").read_bytes()))
+    assert record["left_out"]["of unknown extensions"]["count"] == 2
+    assert len(record["folders"]["training/zero"]) == COUNTS["zero"]
+
+
 def test_nothing_but_corrupt_images_is_an_error(copy, tmp_path, capfd):
     for path in (copy / "val").rglob("*.png"):
         path.write_text("no image")
@@ -340,6 +380,116 @@ def test_help_shows_the_defaults_of_image_folders(capsys):
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "resnet50" in text
     assert TrainConfig.for_data("imagefolder:x").epochs == 90
+
+
+@pytest.fixture
+def stopped(copy, tmp_path, monkeypatch):
+    """A job stopped after its first epoch, with --split; train and val of the images are two classes more or less."""
+    next_epoch = engine.Run.next_epoch
+
+    def stopping(run):
+        if run.epoch == 1:
+            raise KeyboardInterrupt
+        return next_epoch(run)
+
+    def start(*flags, data=copy):
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.Run, "next_epoch", stopping)
+            assert train(data, tmp_path / "run", "--epochs", 2, "-b", 64, *flags) == 130
+        return tmp_path / "run"
+
+    return start
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: shutil.copy(f / "one" / "001.png", f / "one" / "new.png"), "got 1 added (one/new.png)"),
+        (lambda f: (f / "one" / "001.png").unlink(), "got 1 removed (one/001.png)"),
+        (lambda f: (f / "eight" / "029.png").rename(f / "one" / "029.png"), "1 moved (eight/029.png to one/029.png)"),
+        (lambda f: (f / "one" / "001.png").rename(f / "one" / ".001.png"), "got 1 removed (one/001.png)"),
+    ],
+)
+def test_images_that_changed_since_the_job_began_are_named(change, message, stopped, copy, capsys):
+    run = stopped("--split", 0.34, data=copy / "train")
+    change(copy / "train")
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    capsys.readouterr()
+    assert main(["train", "--no-progress", "--resume", str(run)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"expected the images that the job in {run} began with, got" in error
+    assert message in error
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+
+
+def test_an_image_that_moved_from_validation_to_training_is_named(stopped, copy, capsys):
+    run = stopped()
+    (copy / "val" / "one" / "007.png").rename(copy / "train" / "one" / "abc.png")
+    (copy / "val" / "two" / "006.png").rename(copy / "train" / "two" / "006.png")
+    capsys.readouterr()
+    assert main(["train", "--no-progress", "--resume", str(run)]) == 2
+    error = capsys.readouterr().err
+    assert "1 added (training/one/abc.png); 1 removed (validation/one/007.png)" in error
+    assert "1 moved (validation/two/006.png to training/two/006.png)" in error
+
+
+def test_another_split_of_the_same_images_is_noticed(stopped, copy, capsys, monkeypatch):
+    """As of another version of scikit-learn."""
+    from classfair.training import image_folder
+
+    split = image_folder._split
+    run = stopped("--split", 0.34, data=copy / "train")
+    monkeypatch.setattr(image_folder, "_split", lambda samples, share, seed: split(samples, share, seed + 1))
+    assert main(["train", "--no-progress", "--resume", str(run)]) == 2
+    assert "got the same ones on other sides" in capsys.readouterr().err
+
+
+def test_a_list_of_images_that_is_damaged_is_named(stopped, copy, capsys):
+    run = stopped()
+    (copy / "val" / "one" / "007.png").unlink()
+    record = run / "images.json.gz"
+    content = record.read_bytes()
+    for damaged in (content[: len(content) // 2], b"no gzip", gzip.compress(b"[" * 100_000), gzip.compress(b"{}")):
+        record.write_bytes(damaged)
+        capsys.readouterr()
+        assert main(["train", "--no-progress", "--resume", str(run)]) == 2
+        assert "began with, got others: expected" in one_line(capsys)
+
+
+@pytest.mark.parametrize("output", [None, "runs/1", "one"])
+def test_a_run_folder_among_the_classes_is_refused(output, copy, capsys, monkeypatch):
+    """It would be a class, or a class a run folder."""
+    monkeypatch.chdir(copy / "train")
+    flags = ["--output", output] if output else []
+    assert main(["train", "--data", "imagefolder:.", "--split", "0.34", "--no-progress", *flags]) == 2
+    assert "expected output outside of the folders of classes, got " in one_line(capsys)
+    assert sorted(path.name for path in copy.joinpath("train").iterdir()) == CLASSES
+
+
+def test_a_run_folder_beside_train_and_val_is_welcome(copy, monkeypatch):
+    monkeypatch.chdir(copy)
+    assert train(".", "runs/1", "--epochs", 1) == 0
+
+
+def test_a_loading_process_that_dies_is_one_sentence(folder, tmp_path, capsys, monkeypatch):
+    def die(samples):
+        os.kill(os.getpid(), 9)
+
+    monkeypatch.setattr("classfair.training.image_folder.default_collate", die)
+    assert train(folder, tmp_path / "run", "--epochs", 1, "-j", 2) == 1
+    assert "expected the processes that load images to live, one ended (DataLoader worker" in one_line(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loading_process_out_of_memory_is_one_sentence(folder, tmp_path, capsys, monkeypatch):
+    def no_memory(samples):
+        raise MemoryError
+
+    monkeypatch.setattr("classfair.training.image_folder.default_collate", no_memory)
+    assert train(folder, tmp_path / "run", "--epochs", 1, "-j", 1) == 1
+    assert "one ended (MemoryError)" in one_line(capsys)
+    assert train(folder, tmp_path / "run", "--epochs", 1, "-j", 0) == 1
+    assert "expected memory enough (MemoryError)" in one_line(capsys)
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(folder, tmp_path, capsys, monkeypatch):

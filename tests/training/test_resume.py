@@ -183,7 +183,7 @@ def change(path, **entries):
     ("flags", "changes", "message"),
     [
         ((), {"format_version": 99}, "of format 99, which a newer classfair wrote"),
-        ((), {"format_version": 1}, "of format 1, which an older classfair wrote"),
+        ((), {"format_version": 3}, "of format 3, which an older classfair wrote"),
         ((), {"class_names": ["cat"]}, "expected a checkpoint with the classes of the data"),
         ((), {"seed": 7}, "ce-seed0.pt of another run"),
         (("--output", "elsewhere"), {}, "expected output to be left out with resume"),

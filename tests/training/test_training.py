@@ -17,11 +17,11 @@ from classfair.training import (
     summarise,
     train,
 )
-from classfair.training.batches import load_data
 from classfair.training.digits import digits_long_tailed, long_tailed_counts
 from classfair.training.engine import Run, fit
 from classfair.training.models import mlp
 from classfair.training.report import accuracy_chart
+from classfair.training.sources import load_data
 from classfair.training.totals import RunResult, Totals
 
 CPU = torch.device("cpu")
@@ -208,6 +208,7 @@ def test_device():
 def test_write_is_all_or_nothing(tmp_path, monkeypatch):
     folder = RunFolder(tmp_path / "run")
     folder.write("a", b"old")
+    before = sorted(folder.path.iterdir())
 
     def full_disk(descriptor):
         raise OSError(28, "No space left on device")
@@ -215,7 +216,7 @@ def test_write_is_all_or_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OSError, match="No space left"):
         folder.write("a", b"new and longer")
-    assert [path.name for path in folder.path.iterdir()] == ["a"]
+    assert sorted(folder.path.iterdir()) == before
     assert (folder.path / "a").read_bytes() == b"old"
 
 
@@ -240,3 +241,63 @@ def test_chart_of_many_classes_some_of_them_without_images():
     names, counts = [str(c) for c in range(100)], np.arange(100, 0, -1)
     runs = [RunResult(loss, seed, names, counts, totals, totals, [1.0]) for loss in config.loss for seed in (0, 1)]
     assert accuracy_chart(runs, config).startswith(b"\x89PNG")
+
+
+class _Nans(torch.nn.Module):
+    """A model whose logits are not finite for every third image of an evaluation."""
+
+    def __init__(self, model, value):
+        super().__init__()
+        self.model, self.value = model, value
+
+    def forward(self, x):
+        logits = self.model(x)
+        if not self.training:
+            logits[::3, 2] = self.value
+        return logits
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("data", ["digits", "digits-groups"])
+def test_validation_rows_without_finite_logits_are_wrong_predictions(value, data, capsys):
+    config = TrainConfig.for_data(data, epochs=1, val_batch_size=300)
+    run = Run("ce", 0, load_data(config, 0), config, CPU, Processes())
+    run.next_epoch()
+    right = run.val
+    capsys.readouterr()
+    run.model = _Nans(run.model, value)
+    found = run.evaluate()
+    assert found.count.tolist() == right.count.tolist()
+    assert found.correct.sum() < right.correct.sum()
+    lost = int(found.count.sum() - found.predicted.sum())
+    assert lost == sum(-(-n // 3) for n in (300, 300, len(run.data.val.target) - 600))
+    assert f"ce seed 0, epoch 1: {lost} validation images without finite logits" in capsys.readouterr().err
+    if found.groups:
+        assert found.stats.count.sum(1).tolist() == right.stats.count.sum(1).tolist()
+    assert 0 <= found.summary("val", run.group_names)["val_accuracy"] < 0.7
+
+
+def test_the_last_step_of_an_epoch_diverging_is_called_that(monkeypatch):
+    config = TrainConfig(epochs=2)
+    run = Run("ce", 0, load_data(config, 0), config, CPU, Processes())
+    step, steps = run.optimizer.step, []
+
+    def last_diverges(*arguments, **keywords):
+        steps.append(step(*arguments, **keywords))
+        if len(steps) == 4:
+            for parameter in run.model.parameters():
+                parameter.data.fill_(math.nan)
+
+    monkeypatch.setattr(run.optimizer, "step", last_diverges)
+    with pytest.raises(FloatingPointError, match="expected finite weights after epoch 1 of ce, got nan or inf: try a"):
+        run.next_epoch()
+    assert len(steps) == 4
+
+
+def test_the_first_step_diverging_is_not_called_unreadable():
+    config = TrainConfig(epochs=1)
+    run = Run("ce", 0, load_data(config, 0), config, CPU, Processes())
+    for parameter in run.model.parameters():
+        parameter.data.fill_(math.nan)
+    with pytest.raises(FloatingPointError, match="expected finite ce loss, got nan in epoch 1"):
+        run.next_epoch()

@@ -139,21 +139,17 @@ CLASSFAIR_INLINE FloatV max(FloatV a, FloatV b) {
 }
 CLASSFAIR_INLINE DoubleV max(DoubleV a, DoubleV b) { return a > b ? a : b; }
 
-// The lanes in which a comparison holds, as bits.
-CLASSFAIR_INLINE unsigned lane_bits(Int32V mask) {
+// The lanes in which a comparison of vectors of A holds, as bits. Comparisons have types of their own in clang.
+template <class A, class Comparison>
+CLASSFAIR_INLINE unsigned lane_bits(Comparison comparison) {
+  const auto mask = (typename VectorOf<A>::Mask)comparison;
 #if CLASSFAIR_VECTOR_BYTES == 64
-  return _mm512_movepi32_mask((__m512i)mask);
+  if constexpr (sizeof(A) == 4) return _mm512_movepi32_mask((__m512i)mask);
 #elif CLASSFAIR_VECTOR_BYTES == 32
-  return _mm256_movemask_ps((__m256)mask);
-#else
-  unsigned bits = 0;
-  for (int i = 0; i < kLanes<float>; ++i) bits |= (mask[i] & 1u) << i;
-  return bits;
+  if constexpr (sizeof(A) == 4) return _mm256_movemask_ps((__m256)mask);
 #endif
-}
-CLASSFAIR_INLINE unsigned lane_bits(Int64V mask) {
   unsigned bits = 0;
-  for (int i = 0; i < kLanes<double>; ++i) bits |= (mask[i] & 1u) << i;
+  for (int64_t i = 0; i < kLanes<A>; ++i) bits |= (mask[i] & 1u) << i;
   return bits;
 }
 

@@ -197,7 +197,7 @@ int64_t prediction(const E* x, int64_t C, const Maximum<A>& max, bool finite) {
   if (c + Maximum<A>::kBlock <= C) {
     uint64_t found = 0;
     for (int64_t k = 0; k < Maximum<A>::kWays; ++k)
-      found |= uint64_t{lane_bits(load(x + c + k * kLanes<A>) == max.value)} << k * kLanes<A>;
+      found |= uint64_t{lane_bits<A>(load(x + c + k * kLanes<A>) == max.value)} << k * kLanes<A>;
     if (found) return c + __builtin_ctzll(found);
   }
   while (c < C && static_cast<A>(x[c]) != max.value) ++c;

@@ -29,7 +29,6 @@ struct NarrowTile {
   LabelKind kind[kRows];
   Label valid[kRows];                 // -1: in the loss, 0: ignored or an error
   Label label[kRows];                 // 0 where not valid
-  Label in_loss[kRows];               // -1: valid and of a sample weight that is not 0
   A weight[kRows];                    // of the label times that of the sample; 0 where not valid
   int64_t group[kRows], cell[kRows];  // -1: in no statistic, in no joint row
 
@@ -44,14 +43,15 @@ struct NarrowTile {
       if (kind[r] == LabelKind::kValid && (g < -1 || g >= in.G)) kind[r] = LabelKind::kInvalid;
       valid[r] = kind[r] == LabelKind::kValid ? -1 : 0;
       label[r] = valid[r] ? static_cast<Label>(y) : 0;
-      const A sample_weight = in.sample_weight ? in.sample_weight[i] : A(1);
-      in_loss[r] = sample_weight == A(0) ? 0 : valid[r];
-      weight[r] = in_loss[r] ? sample_weight * in.class_weight(label[r]) : A(0);
+      weight[r] = !valid[r] ? A(0) : in.class_weight(label[r]);
       group[r] = valid[r] ? g : -1;
       cell[r] = group[r] >= 0 && k < in.cells ? k : -1;
     }
+    for (int64_t r = 0; in.sample_weight && r < kRows; ++r)
+      if (valid[r]) weight[r] *= in.sample_weight[row(r)];
   }
   CLASSFAIR_INLINE int64_t row(int64_t r) const { return begin + std::min(r, count - 1); }
+  CLASSFAIR_INLINE static Class column(int64_t c) { return static_cast<Label>(c) - Class{}; }
   CLASSFAIR_INLINE static Class lanes(const Label* values) {
     Class v;
     std::memcpy(&v, values, sizeof(v));
@@ -92,10 +92,10 @@ void narrow_forward_chunk(const Forward<T>& f, int64_t chunk) {
     const Tile tile(in, begin, end);
     const Vec<A>* const x = tile.logits;
     const typename Tile::Class label = Tile::lanes(tile.label), valid = Tile::lanes(tile.valid);
-    const typename Tile::Class in_loss = Tile::lanes(tile.in_loss);
     Vec<A> largest = splat(-std::numeric_limits<A>::infinity()), chosen = {};
-    typename Tile::Class first = {}, column = {};  // first maximum
-    for (int64_t c = 0; c < in.C; ++c, column += 1) {
+    typename Tile::Class first = {};  // maximum
+    for (int64_t c = 0; c < in.C; ++c) {
+      const typename Tile::Class column = Tile::column(c);
       first = x[c] > largest ? column : first;
       largest = max(largest, x[c]);
       chosen = label == column ? x[c] : chosen;
@@ -104,7 +104,9 @@ void narrow_forward_chunk(const Forward<T>& f, int64_t chunk) {
     const Vec<A> total = sum_classes<A>(in.C, [&](int64_t c) { return e[c] = exp(x[c] - largest); });
     const Vec<A> log_total = log(total);
     const Vec<A> zero = {}, loss = load(tile.weight) * (log_total - (chosen - largest));
-    store_some(f.loss + begin, in_loss ? loss : zero, tile.count);
+    store_some(f.loss + begin, valid ? loss : zero, tile.count);
+    for (int64_t i = begin; in.sample_weight && i < begin + tile.count; ++i)
+      if (in.sample_weight[i] == A(0)) f.loss[i] = A(0);  // as weighted_loss()
     A sum[kRows], high[kRows], low[kRows];
     store(sum, total), store(high, valid ? largest : zero), store(low, valid ? log_total : zero);
     double lse[kRows];
@@ -162,10 +164,9 @@ void narrow_backward_chunk(const Backward<T>& b, int64_t chunk) {
     const Vec<A> scale = load(grad_loss) * load(tile.weight), scale_lse = load(grad_lse);
     const Vec<A> high_v = load(high), low_v = load(low);
     Vec<A> p[kNarrow], upstream[kNarrow], dot = {};
-    typename Tile::Class column = {};
     const Vec<A> others = sum_classes<A>(in.C, [&](int64_t c) {  // what p of the label lacks to 1
       p[c] = exp((tile.logits[c] - high_v) - low_v);
-      return label == column++ ? Vec<A>{} : p[c];
+      return label == Tile::column(c) ? Vec<A>{} : p[c];
     });
     if (b.statistics()) {
       const A stats_scale = b.of_statistics();
@@ -177,9 +178,8 @@ void narrow_backward_chunk(const Backward<T>& b, int64_t chunk) {
         mass[r] = b.grad_mass && base >= 0 ? b.grad_mass + base : kNone;
         joint[r] = b.grad_joint && tile.cell[r] >= 0 ? b.grad_joint + tile.cell[r] * in.C : kNone;
       }
-      column = typename Tile::Class{};
       dot = sum_classes<A>(in.C, [&](int64_t c) {
-        upstream[c] = label == column++ ? load(hit) : Vec<A>{};
+        upstream[c] = label == Tile::column(c) ? load(hit) : Vec<A>{};
         if (b.grad_mass) upstream[c] += Tile::gather(mass, c);
         if (b.grad_joint) upstream[c] += Tile::gather(joint, c);
         upstream[c] *= stats_scale;
@@ -188,11 +188,10 @@ void narrow_backward_chunk(const Backward<T>& b, int64_t chunk) {
     }
     T* out[kRows];
     tile.find(b.grad_logits, out);
-    column = typename Tile::Class{};
-    for (int64_t c = 0; c < in.C; ++c, column += 1) {
+    for (int64_t c = 0; c < in.C; ++c) {
       // p - 1 of the label: of two ways to form it, the one that loses no digits.
       const Vec<A> less_one = p[c] < A(0.5) ? p[c] - A(1) : -others;
-      Vec<A> v = scale * (label == column ? less_one : p[c]) + scale_lse * p[c];
+      Vec<A> v = scale * (label == Tile::column(c) ? less_one : p[c]) + scale_lse * p[c];
       if (b.statistics()) v += p[c] * (upstream[c] - dot);
       T lane[kRows];
       store(lane, valid ? v : Vec<A>{});

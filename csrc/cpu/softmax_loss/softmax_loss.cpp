@@ -26,11 +26,16 @@ VisitedInputs<T> plan(const SoftmaxLossArguments& a) {
   in.by_group = in.stats && in.group && in.G > 1 && in.G * in.C > kCachedSums && in.C >= 256 && in.logits.contiguous();
   in.narrow = in.C <= kNarrow && in.target && !in.target_b && !in.mix && !in.soft.data && !in.perturbed() &&
               in.smoothing == A(0) && in.gamma == A(0);
-  // Small enough to balance, large enough that the partial sums of chunks stay a small part of the traffic.
+  // Chunks are small enough that threads share the work evenly, and large enough that the sums which each has of its
+  // own cost little. Measured on two AVX-512 cores, forward, in microseconds: without statistics (1024, 1000) takes 251
+  // in chunks of 8 rows, 247 of 32 and 246 of 128; with them (256, 1000) takes 108, 101 and 98, and on two threads 129,
+  // 83 and 74. Narrow rows (4096, 2) take 57 in chunks of 32 and 55 of 256, on two threads 73 and 60, and 77 of 1024.
   in.chunk_rows = in.narrow ? 256 : in.stats ? std::clamp<int64_t>(in.rows / 16, 32, 128) : 32;
+  // A chunk's own sums are G rows, or one for each cell: (4096, 300) with 40 groups takes 760 in chunks of 128 rows,
+  // 722 of 256, 685 of 640 and 703 of 1280. Where rows are visited by group, they are a row or two.
   if (in.stats && in.narrow) in.chunk_rows = std::max(in.chunk_rows, 8 * std::max(in.G, in.cells));
-  // By group, a chunk's partial sums are a row or two.
   if (in.stats && !in.narrow && !in.by_group) in.chunk_rows = std::max(in.chunk_rows, 16 * in.G);
+  // At most about 256 chunks, whose sums are added in the end.
   in.chunk_rows = std::max<int64_t>(in.chunk_rows, in.rows / 256);
   in.weight_sum = in.weight ? std::accumulate(in.weight, in.weight + in.C, A(0)) : A(in.C);
   return in;

@@ -8,6 +8,7 @@
 #include "cpu/softmax_loss/softmax_loss.h"
 
 namespace classfair {
+namespace {
 
 // Stable order of the rows by key, those with a key outside of [0, num_keys) last; start[k] is where key k begins.
 template <class Key>
@@ -117,4 +118,5 @@ void sum_narrow(const Forward<T>& f, acc_t<T>* mass, acc_t<T>* hit, acc_t<T>* jo
   std::transform(sums.begin() + cells, sums.end(), joint, round);
 }
 
+}  // namespace
 }  // namespace classfair
