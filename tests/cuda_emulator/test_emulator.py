@@ -24,6 +24,7 @@ FAULTS = {
     "unwritten_shared": "shared memory is read that the block has not written",
     "read_out_of_bounds": "out of bounds: 4 bytes at byte 768 of a tensor of 768",
     "write_out_of_bounds": "out of bounds: 4 bytes at",
+    "misaligned": "misaligned address: 8 bytes at once",
     "race_of_threads": "race",
     "race_of_blocks": "race: what thread 0 of block",
     "last_block_without_fence": "race: what thread",
