@@ -28,6 +28,12 @@ PRIMITIVES = {
     "penalties": "dependence",
 }
 
+#: The operators of each back-end with kernels.
+_NAMESPACES = {
+    "native": torch.ops.classfair_native,
+    "triton": torch.ops.classfair_triton,
+}
+
 #: Why a module with kernels could not be imported, by module name.
 load_errors: dict[str, str] = {}
 
@@ -87,23 +93,23 @@ def _has_kernel(backend: str, primitive: str, device_type: str) -> bool:
     if backend == "reference":
         return True
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
-    operator = f"classfair_{backend}::{PRIMITIVES[primitive]}"
-    if (backend, primitive) == ("triton", "penalties"):
+    operator = PRIMITIVES[primitive]
+    if key is None or not hasattr(_NAMESPACES[backend], operator):
         return False
-    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(operator, key)
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"classfair_{backend}::{operator}", key)
 
 
 def discover() -> None:
     """Ask the dispatcher which kernels are registered."""
     for primitive in PRIMITIVES:
-        for device_type in ("cpu", "cuda"):
+        for device_type in ("cpu", "cuda", "other"):
             serving = (b for b in BACKENDS if _has_kernel(b, primitive, device_type))
             _available[primitive, device_type] = tuple(serving)
 
 
 def available(primitive: str, device_type: str) -> tuple[str, ...]:
     """Back-ends with kernels for a primitive on a type of device, in their order."""
-    return _available.get((primitive, device_type), ("reference",))
+    return _available.get((primitive, device_type)) or _available[primitive, "other"]
 
 
 def _why_unusable(gpu: int) -> str:
@@ -168,9 +174,3 @@ def why_missing(primitive: str, device: torch.device, backend: str) -> str:
 def namespace(backend: str) -> Any:
     """The operators of a back-end with kernels."""
     return _NAMESPACES[backend]
-
-
-_NAMESPACES = {
-    "native": torch.ops.classfair_native,
-    "triton": torch.ops.classfair_triton,
-}

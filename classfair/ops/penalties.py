@@ -171,6 +171,7 @@ class PenaltyFunction(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
         ctx.operator, _, ctx.options = inputs[:3]
         ctx.save_for_backward(*inputs[3:], *output[1:])
+        ctx.save_for_forward(*inputs[3:], *output[1:])
         ctx.mark_non_differentiable(*output[1:])
 
     @staticmethod
@@ -182,6 +183,21 @@ class PenaltyFunction(torch.autograd.Function):
             formula = partial(_formula, ctx.operator, (*constant, *ctx.options))
             return (*(None,) * 6, *torch.func.vjp(formula, *tables)[1](upstream))
         return (*(None,) * 6, *(g * upstream for g in gradients))
+
+
+class PenaltyForwardMode(PenaltyFunction):
+    """With forward mode, which Dynamo refuses to trace."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
+        gradients = ctx.saved_tensors[3 + (len(ctx.saved_tensors) - 3) // 2 :]
+        terms = [(g * t).sum() for g, t in zip(gradients, tangents[6:], strict=True) if t is not None]
+        return (torch.stack(terms).sum(), *(None for _ in gradients))
+
+
+def _apply(operator: str, backend: str, options: tuple, *tables: Tensor | None) -> Tensor:
+    function = PenaltyFunction if torch.compiler.is_compiling() else PenaltyForwardMode
+    return function.apply(operator, backend, options, *tables)[0]
 
 
 def _formula(operator: str, rest: tuple, *tables: Tensor) -> Tensor:
@@ -215,7 +231,7 @@ def dependence(
     """
     options = (mutual_information, weighted)
     tables = (count.contiguous(), cell, num_cells, rows.contiguous())
-    return PenaltyFunction.apply("dependence", backend, options, *tables)[0]
+    return _apply("dependence", backend, options, *tables)
 
 
 def iou_penalty(
@@ -239,4 +255,4 @@ def iou_penalty(
     threads.
     """
     tables = (count.contiguous(), None, None, mass.contiguous(), hit.contiguous())
-    return PenaltyFunction.apply("iou_penalty", backend, (paired, skip), *tables)[0]
+    return _apply("iou_penalty", backend, (paired, skip), *tables)

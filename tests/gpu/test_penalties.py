@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 
 
-backend = backend_fixture("fairness")
+backend = backend_fixture("softmax_loss")
 
 
 @each_dtype

@@ -9,7 +9,7 @@ from tests.support.conformance import Corrupt
 from tests.support.pairs import runnable
 from tests.support.penalty_cases import DEPENDENCE, IOU, cells, groups, overlap
 
-PAIRS = runnable("fairness")
+PAIRS = runnable("penalties")
 KERNELS = [p for p in PAIRS if p[0] != "reference"]
 DTYPES = (torch.float32, torch.float64)
 BOTH = (False, True)
@@ -22,7 +22,7 @@ each_weighted = pytest.mark.parametrize("weighted", BOTH, ids=["plain", "weighte
 each_paired = pytest.mark.parametrize("paired", BOTH, ids=["overall", "paired"])
 each_skip = pytest.mark.parametrize("skip", BOTH, ids=["every-class", "skip"])
 native_only = pytest.mark.skipif(
-    "native" not in backends.available("fairness", "cpu"), reason="no compiled CPU kernels"
+    "native" not in backends.available("penalties", "cpu"), reason="no compiled CPU kernels"
 )
 
 NAMES = {dependence: ("value", "gradient of rows"), iou_penalty: ("value", "gradient of mass", "gradient of hit")}
