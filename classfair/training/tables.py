@@ -74,10 +74,11 @@ def print_results(results: list[RunResult], config: TrainConfig, path: Path, *, 
 
 
 def _group_table(results: list[RunResult], summary: dict[str, Any], config: TrainConfig, title: str) -> Table:
+    names_of_groups = ", ".join(map(markup, results[0].groups))
     trained = "" if config.fairness == "none" else f" {config.fairness}: the penalty on all of these images, not in %."
     table = Table(
         title=title,
-        caption=f"Groups: {', '.join(map(markup, results[0].groups))}. Differences are the largest between two groups: DP in how "
+        caption=f"Groups: {names_of_groups}. Differences are the largest between two groups: DP in how "
         f"often a class is predicted, EO in its true or false positives.{trained}",
         box=SIMPLE_HEAD,
     )
