@@ -153,7 +153,9 @@ class FeatureLoss(CrossEntropyLoss):
                 if update and len(pair.rows):  # of one label a step
                     self.watch(pair.rows.detach().index_select(0, (self.updates % len(pair.rows)).view(1)))
             if update:
-                self.updates += 1
+                # An assignment, which the compiler refuses inside a checkpoint and leaves to eager torch: compiled, the
+                # recomputation would merge the batch into the statistics that have it already.
+                self.updates = self.updates + 1
             if perturbed is not None:
                 return perturbed, arguments
         if logits is None:

@@ -385,3 +385,24 @@ def test_processes_equal_one(splits, tmp_path):
             for key, value in criterion.state_dict().items():
                 if torch.is_tensor(value):
                     torch.testing.assert_close(state[key], value, rtol=1e-4, atol=1e-5, msg=key)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("ignore_index", [255, 0])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_statistics_leave_out_what_the_loss_ignores(name, ignore_index, mixed):
+    criterion = MAKERS[name](ignore_index=ignore_index)
+    assert criterion.statistics.ignore_index == ignore_index
+    features, weight, bias, target = problem(torch.float32)
+    target = torch.where(target == -100, ignore_index, target)
+    given = MixedTarget(target, target.roll(1), 0.75) if mixed else target
+    criterion(features, weight, given, linear_bias=bias)
+    kept = target != ignore_index
+    expected = classfair.class_moments(features.detach()[kept], target[kept], C)
+    assert torch.equal(criterion.statistics.count, expected.count)
+    torch.testing.assert_close(criterion.statistics.cov, expected.cov)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_statistics_run_on_the_back_end_of_the_loss(name):
+    assert MAKERS[name](backend="reference").statistics.backend == "reference"
