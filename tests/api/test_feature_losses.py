@@ -406,3 +406,33 @@ def test_statistics_leave_out_what_the_loss_ignores(name, ignore_index, mixed):
 @pytest.mark.parametrize("name", MAKERS)
 def test_statistics_run_on_the_back_end_of_the_loss(name):
     assert MAKERS[name](backend="reference").statistics.backend == "reference"
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_variances_beyond_half_precision(name, dtype, autocast):
+    """Features of 500 have variances of 250 000, where float16 ends at 65 504."""
+    features, weight, bias, target = problem(torch.float32)
+    given = [(500 * features), weight / 500, bias]
+    given = [x.detach().to(torch.float32 if autocast else dtype).requires_grad_() for x in given]
+    criterion, expected = MAKERS[name](), MAKERS[name]()
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        loss = criterion(given[0], given[1], target, linear_bias=given[2])
+    wide = [x.detach().float().requires_grad_() for x in given]
+    wanted = expected(wide[0], wide[1], target, linear_bias=wide[2])
+    torch.testing.assert_close(loss, wanted, rtol=0.02, atol=0)  # logits are rounded to three digits
+    assert all(g.isfinite().all() for g in torch.autograd.grad(loss, given))
+    assert torch.equal(criterion.statistics.cov, expected.statistics.cov)
+
+
+@pytest.mark.parametrize("covariance", ["diag", "full"])
+@pytest.mark.parametrize("name", MAKERS)
+def test_autocast_does_not_round_the_perturbation(name, covariance):
+    criterion = MAKERS[name](statistics=ClassStatistics(C, D, covariance))
+    features, weight, bias, target = problem(torch.float32)
+    criterion(features, weight, target, linear_bias=bias)
+    index = classfair.ops.label_index(target, C)
+    with torch.autocast("cpu", torch.bfloat16):
+        rows = criterion.pair(weight, index).rows
+    assert torch.equal(rows, criterion.pair(weight, index).rows)
