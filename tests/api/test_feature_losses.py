@@ -408,15 +408,14 @@ def test_statistics_run_on_the_back_end_of_the_loss(name):
     assert MAKERS[name](backend="reference").statistics.backend == "reference"
 
 
-@pytest.mark.parametrize("name", MAKERS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_variances_beyond_half_precision(name, dtype, autocast):
+def test_variances_beyond_half_precision(dtype, autocast):
     """Features of 500 have variances of 250 000, where float16 ends at 65 504."""
     features, weight, bias, target = problem(torch.float32)
     given = [(500 * features), weight / 500, bias]
     given = [x.detach().to(torch.float32 if autocast else dtype).requires_grad_() for x in given]
-    criterion, expected = MAKERS[name](), MAKERS[name]()
+    criterion, expected = ISDALoss(C, D, strength=3.0), ISDALoss(C, D, strength=3.0)
     with torch.autocast("cpu", dtype, enabled=autocast):
         loss = criterion(given[0], given[1], target, linear_bias=given[2])
     wide = [x.detach().float().requires_grad_() for x in given]
