@@ -37,8 +37,7 @@ class FeatureLoss(CrossEntropyLoss):
         super().__init__(**keywords)
         name = type(self).__name__
         if statistics is None:
-            of_loss = {"ignore_index": self.ignore_index, "backend": self.backend}
-            statistics = ClassStatistics(num_classes, feature_dim, **of_loss)
+            statistics = ClassStatistics(num_classes, feature_dim, ignore_index=self.ignore_index, backend=self.backend)
         if not isinstance(statistics, ClassStatistics):
             raise TypeError(f"{name}: expected statistics as ClassStatistics, got {type(statistics).__name__}")
         if statistics.cov is None:
@@ -50,7 +49,8 @@ class FeatureLoss(CrossEntropyLoss):
             )
         self.statistics = statistics
         self._register_constant("updates", torch.zeros((), dtype=torch.int64, device="cpu"))
-        self._register_constant("largest", 0.0, persistent=False)
+        # Since the state was last read, and so 0 in it: loaders leave garbage in what a file does not have.
+        self._register_constant("largest", 0.0)
 
     def reset_parameters(self) -> None:
         """As that of :class:`CrossEntropyLoss`; the statistics are forgotten."""
@@ -153,7 +153,9 @@ class FeatureLoss(CrossEntropyLoss):
                 if update and len(pair.rows):  # of one label a step
                     self.watch(pair.rows.detach().index_select(0, (self.updates % len(pair.rows)).view(1)))
             if update:
-                self.updates += 1
+                # An assignment, which the compiler refuses inside a checkpoint and leaves to eager torch: compiled, the
+                # recomputation would merge the batch into the statistics that have it already.
+                self.updates = self.updates + 1
             if perturbed is not None:
                 return perturbed, arguments
         if logits is None:
@@ -182,12 +184,14 @@ class FeatureLoss(CrossEntropyLoss):
                 UserWarning,
                 stacklevel=4,
             )
-            self.largest.zero_()
+        self.largest.zero_()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Up to version 2 of the state the number of updates was a Python number beside the tensors."""
         old = state_dict.pop(prefix + "_extra_state", None)
         if old is not None:
-            state_dict.setdefault(prefix + "updates", torch.tensor(old["updates"]))
+            state_dict.setdefault(prefix + "updates", torch.tensor(old["updates"], dtype=torch.int64))
+        if prefix + "updates" in state_dict:
+            state_dict.setdefault(prefix + "largest", torch.zeros_like(self._constants["largest"]))
         super()._load_from_state_dict(state_dict, prefix, *rest)

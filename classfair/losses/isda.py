@@ -43,9 +43,10 @@ class ISDALoss(FeatureLoss):
     State: ``strength`` ``()``, ``statistics``. No parameters. In evaluation, and without gradient, the loss is plain
     cross-entropy and no state changes. With an initialised process group the moments are those of all processes.
 
-    Without ``logits`` and statistics, and with diagonal covariances, the term in :math:`w_y` moves into the features,
-    :math:`z' = (h - \lambda v_y \circ w_y) W^\top + v_y (\tfrac{\lambda}{2} W \circ W)^\top` up to a constant per
-    sample, which saves one matrix product of five.
+    Without ``logits`` and statistics, with diagonal covariances and without half precision, the term in :math:`w_y`
+    moves into the features, :math:`z' = (h - \lambda v_y \circ w_y) W^\top + v_y (\tfrac{\lambda}{2} W \circ W)^\top`
+    up to a constant per sample, which saves one matrix product of five. Half precision, of the features or by
+    autocast, does not have the range for it: perturbations are then float32 rows, as with ``logits``.
 
     Raises:
         TypeError, ValueError: arguments of the wrong kind, shape or range.
@@ -83,12 +84,12 @@ class ISDALoss(FeatureLoss):
     ) -> Tensor | None:
         """Perturbed logits (N, C) up to a constant per sample, with one matrix product more than plain ones."""
         cov = self.statistics.cov
-        if cov is None or cov.dim() != 2 or isinstance(target, MixedTarget):
+        if cov is None or cov.dim() != 2 or isinstance(target, MixedTarget) or _half(features):
             return None
         # Differences of rows are what counts: what all rows share would only cancel, with rounding errors.
         centred = linear_weight - linear_weight.mean(0, keepdim=True)  # (C, D)
         label = target.clamp(0, linear_weight.shape[0] - 1)  # rows that are ignored or invalid are so below, too
-        scaled = (self.strength * cov[label]).to(features.dtype)  # (N, D)
+        scaled = (self.strength * cov[label]).to(features.dtype)  # (N, D), never in half precision
         own = F.embedding(label, centred)
         self._watch_some(scaled, own, centred)
         logits = F.linear(features - scaled * own, centred, linear_bias)
@@ -102,3 +103,8 @@ class ISDALoss(FeatureLoss):
         row, few = (self.updates % len(scaled)).view(1), torch.arange(16, device=centred.device)
         gap = centred.index_select(0, (self.updates + few) % len(centred)) - own.index_select(0, row)
         self.watch(0.5 * (scaled.index_select(0, row) * gap.square()).sum(1))
+
+
+def _half(features: Tensor) -> bool:
+    """Whether products with the features are in half precision, whose range variances may leave."""
+    return features.dtype.itemsize < 4 or torch.is_autocast_enabled(features.device.type)

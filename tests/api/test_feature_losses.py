@@ -392,3 +392,53 @@ def test_processes_equal_one(splits, tmp_path):
             for key, value in criterion.state_dict().items():
                 if torch.is_tensor(value):
                     torch.testing.assert_close(state[key], value, rtol=1e-4, atol=1e-5, msg=key)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("ignore_index", [255, 0])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_statistics_leave_out_what_the_loss_ignores(name, ignore_index, mixed):
+    criterion = MAKERS[name](ignore_index=ignore_index)
+    assert criterion.statistics.ignore_index == ignore_index
+    features, weight, bias, target = problem(torch.float32)
+    target = torch.where(target == -100, ignore_index, target)
+    given = MixedTarget(target, target.roll(1), 0.75) if mixed else target
+    criterion(features, weight, given, linear_bias=bias)
+    kept = target != ignore_index
+    expected = classfair.class_moments(features.detach()[kept], target[kept], C)
+    assert torch.equal(criterion.statistics.count, expected.count)
+    torch.testing.assert_close(criterion.statistics.cov, expected.cov)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_statistics_run_on_the_back_end_of_the_loss(name):
+    assert MAKERS[name](backend="reference").statistics.backend == "reference"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_variances_beyond_half_precision(dtype, autocast):
+    """Features of 500 have variances of 250 000, where float16 ends at 65 504."""
+    features, weight, bias, target = problem(torch.float32)
+    given = [(500 * features), weight / 500, bias]
+    given = [x.detach().to(torch.float32 if autocast else dtype).requires_grad_() for x in given]
+    criterion, expected = ISDALoss(C, D, strength=3.0), ISDALoss(C, D, strength=3.0)
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        loss = criterion(given[0], given[1], target, linear_bias=given[2])
+    wide = [x.detach().float().requires_grad_() for x in given]
+    wanted = expected(wide[0], wide[1], target, linear_bias=wide[2])
+    torch.testing.assert_close(loss, wanted, rtol=0.02, atol=0)  # logits are rounded to three digits
+    assert all(g.isfinite().all() for g in torch.autograd.grad(loss, given))
+    assert torch.equal(criterion.statistics.cov, expected.statistics.cov)
+
+
+@pytest.mark.parametrize("covariance", ["diag", "full"])
+@pytest.mark.parametrize("name", MAKERS)
+def test_autocast_does_not_round_the_perturbation(name, covariance):
+    criterion = MAKERS[name](statistics=ClassStatistics(C, D, covariance))
+    features, weight, bias, target = problem(torch.float32)
+    criterion(features, weight, target, linear_bias=bias)
+    index = classfair.ops.label_index(target, C)
+    with torch.autocast("cpu", torch.bfloat16):
+        rows = criterion.pair(weight, index).rows
+    assert torch.equal(rows, criterion.pair(weight, index).rows)

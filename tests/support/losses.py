@@ -9,11 +9,11 @@ from classfair.losses import FeatureLoss
 N, C, D = 24, 5, 4
 COUNTS = [50, 30, 20, 10, 5]
 LOSSES = {
-    "plain": lambda **k: classfair.CrossEntropyLoss(**k),
+    "plain": classfair.CrossEntropyLoss,
     "logit adjusted": lambda **k: classfair.LogitAdjustedLoss(COUNTS, **k),
     "ldam": lambda **k: classfair.LDAMLoss(COUNTS, scale=3.0, **k),
     "class balanced": lambda **k: classfair.ClassBalancedLoss(COUNTS, beta=0.9, gamma=1.0, **k),
-    "focal": lambda **k: classfair.FocalLoss(**k),
+    "focal": classfair.FocalLoss,
     "isda": lambda **k: classfair.ISDALoss(C, D, strength=2.0, **k),
     "metalad": lambda **k: classfair.MetaLADLoss(COUNTS, D, **k),
     "metalad per pair": lambda **k: classfair.MetaLADLoss(COUNTS, D, per="pair", omega=(1.0, 0.5, 0.25), **k),
