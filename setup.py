@@ -1,7 +1,7 @@
 """Builds the compiled parts: ``classfair._C`` (CPU kernels) and, where nvcc is found, ``classfair._cuda``.
 
 Build-time settings: ``CLASSFAIR_CUDA=auto|0|1`` (auto: build CUDA kernels where nvcc is found; 1: fail without),
-``TORCH_CUDA_ARCH_LIST``, ``MAX_JOBS``, ``CXX``. All other metadata is static, in pyproject.toml.
+``TORCH_CUDA_ARCH_LIST``, ``MAX_JOBS``, ``CXX``, ``CLASSFAIR_CXXFLAGS`` (last for the CPU kernels). All other metadata is static, in pyproject.toml.
 """
 
 import os
@@ -75,7 +75,14 @@ def cpu_extension(nvcc: str | None):
         sources("csrc/*.cpp", "csrc/cpu/**/*.cpp"),
         # First, because the pybind11 inside torch refuses to compile under the stable ABI.
         include_dirs=[pybind11.get_include(), str(ROOT / "csrc")],
-        extra_compile_args={"cxx": [*cpp_flags(), *build_facts(nvcc), "-ffp-contract=fast"]},
+        extra_compile_args={
+            "cxx": [
+                *cpp_flags(),
+                *build_facts(nvcc),
+                "-ffp-contract=fast",
+                *os.environ.get("CLASSFAIR_CXXFLAGS", "").split(),
+            ]
+        },
     )
 
 

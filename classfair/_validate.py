@@ -1,6 +1,7 @@
 """Checks of public arguments, raised before any kernel: ``function: expected X, got Y``."""
 
 import math
+import operator
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any
@@ -10,9 +11,13 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
+#: Dtypes of labels, as torch's cross_entropy takes them. Kernels are given int64.
+LABELS = (torch.int64, torch.uint8)
 
 REDUCTIONS = ("none", "mean", "sum")
+
+#: Most keys (class and group) of a table, so that no size of one overflows.
+MAX_KEYS = 1 << 60
 
 
 def acc_dtype(logits: Tensor) -> torch.dtype:
@@ -27,8 +32,7 @@ def check_logits(function: str, logits: Any) -> None:
         raise TypeError(
             f"{function}: expected logits of dtype float16, bfloat16, float32 or float64, got {logits.dtype}"
         )
-    if logits.layout != torch.strided:
-        raise TypeError(f"{function}: expected dense (strided) logits, got layout {logits.layout}")
+    check_dense(function, "logits", logits)
     if logits.dim() == 0 or logits.shape[min(1, logits.dim() - 1)] == 0:
         raise ValueError(
             f"{function}: expected logits of shape (C,), (N, C) or (N, C, d1, ...) with C >= 1,"
@@ -36,18 +40,35 @@ def check_logits(function: str, logits: Any) -> None:
         )
 
 
-def check_labels_tensor(function: str, name: str, labels: Any, shape: Sequence[int]) -> None:
+def check_dense(function: str, name: str, value: Tensor) -> None:
+    if value.layout is not torch.strided or value.is_nested:
+        got = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+        raise TypeError(f"{function}: expected dense (strided) {name}, got {got}")
+
+
+def check_labels_tensor(
+    function: str, name: str, labels: Any, shape: Sequence[int] | None, dtypes: Sequence[torch.dtype] = LABELS[:1]
+) -> None:
+    """``shape`` None: any vector."""
     if not isinstance(labels, Tensor):
         raise TypeError(f"{function}: expected {name} as a tensor, got {type(labels).__name__}")
-    if labels.dtype != torch.int64:
-        raise TypeError(f"{function}: expected {name} of dtype torch.int64, got {labels.dtype}")
+    if labels.dtype not in dtypes:
+        wanted = " or ".join(map(str, dtypes))
+        raise TypeError(f"{function}: expected {name} of dtype {wanted}, got {labels.dtype}")
+    check_dense(function, name, labels)
+    if shape is None:
+        if labels.dim() != 1:
+            raise ValueError(f"{function}: expected {name} of shape (N,), got {tuple(labels.shape)}")
+        return
     if tuple(labels.shape) != tuple(shape):
         raise ValueError(f"{function}: expected {name} of shape {tuple(shape)}, got {tuple(labels.shape)}")
 
 
 def flat_labels(function: str, name: str, labels: Any, shape: Sequence[int]) -> Tensor:
-    """Checked labels as (R,), contiguous; without an operator where they are so already."""
-    check_labels_tensor(function, name, labels, shape)
+    """Checked labels as (R,) int64, contiguous; without an operator where they are so already."""
+    check_labels_tensor(function, name, labels, shape, LABELS)
+    if labels.dtype is not torch.int64:
+        labels = labels.long()
     return labels if labels.dim() == 1 and labels.is_contiguous() else labels.reshape(-1).contiguous()
 
 
@@ -55,6 +76,7 @@ def check_floats(function: str, name: str, value: Any, shape: Sequence[int]) -> 
     if not isinstance(value, Tensor) or value.dtype not in FLOATS:
         got = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"{function}: expected {name} as a floating tensor, got {got}")
+    check_dense(function, name, value)
     if tuple(value.shape) != tuple(shape):
         raise ValueError(f"{function}: expected {name} of shape {tuple(shape)}, got {tuple(value.shape)}")
 
@@ -69,8 +91,7 @@ def check_matrix(function: str, name: str, value: Any) -> None:
     if not isinstance(value, Tensor) or value.dtype not in FLOATS:
         got = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"{function}: expected {name} as a floating tensor, got {got}")
-    if value.layout != torch.strided:
-        raise TypeError(f"{function}: expected dense (strided) {name}, got layout {value.layout}")
+    check_dense(function, name, value)
     if value.dim() != 2 or value.shape[0] == 0:
         raise ValueError(f"{function}: expected {name} of shape (C, D) with C >= 1, got {tuple(value.shape)}")
 
@@ -86,7 +107,48 @@ def check_range(function: str, name: str, value: float, low: float, high: float 
 def check_number(function: str, name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> None:
     if type(value) is not float and not isinstance(value, Real):  # the second question takes microseconds
         raise TypeError(f"{function}: expected {name} as a number, got {type(value).__name__}")
-    check_range(function, name, float(value), low, high)
+    check_range(function, name, _as_float(value), low, high)
+
+
+def _as_float(value: Any) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return math.inf if value > 0 else -math.inf
+
+
+def scalar(function: str, name: str, value: Any, low: float, high: float = math.inf) -> float:
+    """A finite number as a float; as torch's functions, from a 0-d tensor too, which nobody has to wait for."""
+    if isinstance(value, Tensor) and not (value.is_nested or value.requires_grad or value.is_complex()):
+        value = value.item() if value.dim() == 0 and value.device.type == "cpu" else value
+    check_number(function, name, value, low, high)
+    if math.isinf(value := _as_float(value)):
+        raise ValueError(f"{function}: expected {name} >= {low:g} and finite, got {value}")
+    return value
+
+
+def integer(function: str, name: str, value: Any) -> int:
+    """An int64 from what Python takes for an index, but for a bool: an int, a NumPy integer, a 0-d tensor of one."""
+    if type(value) is not int and not isinstance(value, torch.SymInt):
+        try:
+            value = operator.index(None if isinstance(value, bool) else value)  # type: ignore[arg-type]
+        except TypeError:
+            got = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"{function}: expected {name} as an int, got {got}") from None
+    if not -(1 << 63) <= value < 1 << 63:
+        raise ValueError(f"{function}: expected {name} that fits in 64 bits, got {value}")
+    return value
+
+
+def check_keys(function: str, num_classes: int, num_groups: int) -> None:
+    """Both are sizes, and so is the number of pairs of them."""
+    for name, value in (("num_classes", num_classes), ("num_groups", num_groups)):
+        if integer(function, name, value) < 1:
+            raise ValueError(f"{function}: expected {name} >= 1, got {value}")
+    if num_classes * num_groups > MAX_KEYS:
+        raise ValueError(
+            f"{function}: expected at most 2^60 pairs of class and group, got {num_classes} * {num_groups}"
+        )
 
 
 def check_size(function: str, name: str, value: Any) -> None:

@@ -32,6 +32,7 @@ def _checked(
     """Statistics of all processes, those that the penalty uses, and the back-end for them."""
     if not isinstance(stats, BatchStats):
         raise TypeError(f"{function}: expected stats as BatchStats, got {type(stats).__name__}")
+    stats.check(function)
     if joint and stats.joint is None:
         raise ValueError(
             f"{function}: expected stats of with_stats(..., joint=True), got stats without joint"
@@ -301,6 +302,7 @@ def intersection_over_union(stats: BatchStats, *, hard: bool = False) -> GroupIo
     """
     if not isinstance(stats, BatchStats):
         raise TypeError(f"intersection_over_union: expected stats as BatchStats, got {type(stats).__name__}")
+    stats.check("intersection_over_union")
     mass, hit = stats.mass, stats.hit
     if hard:
         mass, hit = stats.predicted.to(mass.dtype), stats.correct.to(mass.dtype)

@@ -47,10 +47,11 @@ def prepare(
     """The checked arguments of ``function``; TypeError and ValueError name it."""
     check.check_logits(function, logits)
     check.check_choice(function, "reduction", reduction, check.REDUCTIONS)
-    if label_smoothing:
-        check.check_range(function, "label_smoothing", label_smoothing, 0.0, 1.0)
-    if gamma:
-        check.check_range(function, "gamma", gamma, 0.0)
+    if type(label_smoothing) is not float or label_smoothing != 0.0:
+        label_smoothing = check.scalar(function, "label_smoothing", label_smoothing, 0.0, 1.0)
+    if type(gamma) is not float or gamma != 0.0:
+        gamma = check.scalar(function, "gamma", gamma, 0.0)
+    ignore_index = check.integer(function, "ignore_index", ignore_index)
     soft = isinstance(target, Tensor) and target.is_floating_point()
     if soft:
         check.check_device(function, "target", target, logits.device)
@@ -64,9 +65,9 @@ def prepare(
         target = target.flatten(2) if soft else target
     given: dict[str, Any] = {"ignore_index": ignore_index}
     if label_smoothing:
-        given["label_smoothing"] = float(label_smoothing)
+        given["label_smoothing"] = label_smoothing
     if gamma:
-        given["gamma"] = float(gamma)
+        given["gamma"] = gamma
     mixed = _add_target(function, given, logits, target, rows_shape, label)
     if soft:
         _check_soft(function, pair, margin, gamma, ignore_index)
@@ -104,6 +105,7 @@ def _add_target(
     given["soft_target"] = target.detach().to(check.acc_dtype(logits))
     if label is not None:
         given["target"] = check.flat_labels(function, "label", label, rows_shape)
+        check.check_device(function, "label", label, logits.device)
     return None
 
 
@@ -148,6 +150,7 @@ def _add_pair(function: str, given: dict[str, Any], pair: Any, logits: Tensor, l
         rows = pair.rows
         check.check_floats(function, "pair.rows", rows, (rows.shape[0], num_classes))
         check.check_labels_tensor(function, "pair.slot", pair.slot, (labels,))
+        check.check_device(function, "pair.slot", pair.slot, logits.device)
         given["slot"] = pair.slot.contiguous()
     else:
         check.check_floats(function, "pair", pair, (num_classes, num_classes))
@@ -217,7 +220,7 @@ def _soft_target_term(problem: Problem, target: Tensor) -> Tensor:
     nll = -logits.log_softmax(1)
     if "weight" in given:
         nll = nll * over_classes(given["weight"])
-    change = (target - target.detach()) * nll * (1 - given.get("label_smoothing", 0.0))
+    change = (target - target.detach()).to(nll.dtype) * nll * (1 - given.get("label_smoothing", 0.0))
     rows = torch.where(nll.isfinite(), change, 0.0).sum(1).reshape(-1)
     return rows * given["sample_weight"] if "sample_weight" in given else rows
 
@@ -252,8 +255,8 @@ def cross_entropy(
 
     Args:
         logits: ``(C,)``, ``(N, C)`` or ``(N, C, d1, ...)``; float16, bfloat16, float32 or float64.
-        target: one of: int64 labels ``(N,)`` or ``(N, d1, ...)`` in [0, C) or ``ignore_index``; probabilities of the
-            shape of ``logits``, any float dtype; a :class:`MixedTarget`.
+        target: one of: int64 or uint8 labels ``(N,)`` or ``(N, d1, ...)`` in [0, C) or ``ignore_index``; probabilities
+            of the shape of ``logits``, any float dtype; a :class:`MixedTarget`.
         offset: ``(C,)`` added to the logits of every sample, e.g. :func:`logit_adjustment`.
         margin: ``(C,)`` subtracted from the true class's logit.
         pair: ``(C, C)`` table whose row y is added for label y, or :class:`PairTerms`. With ``MixedTarget`` each
@@ -263,7 +266,7 @@ def cross_entropy(
             with the class weights, in the loss and in the denominator of ``"mean"``; statistics do not see them. A
             sample of weight 0 costs 0, whatever its loss.
         label_smoothing: epsilon in [0, 1].
-        gamma: focusing exponent >= 0, hard labels only; 0 is plain cross-entropy.
+        gamma: finite focusing exponent >= 0, hard labels only; 0 is plain cross-entropy.
         ignore_index: label of samples that count for nothing; hard labels only where >= 0.
         reduction: ``"mean"`` (over the weights of the labels present; over N for probabilities; as torch; times those
             of the samples),

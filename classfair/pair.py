@@ -8,6 +8,7 @@ from torch import Tensor
 
 from classfair import _validate as check
 from classfair import backends, ops
+from classfair.ops.label_index import check_index
 
 #: Distances of one block of rows: 16 MB in float32.
 BLOCK_NUMBERS = 1 << 22
@@ -63,11 +64,14 @@ class PairTerms:
 
 
 def _index(function: str, target: Any, num_classes: int, device: torch.device) -> ops.LabelIndex | None:
-    if target is None or isinstance(target, ops.LabelIndex):
+    if target is None:
+        return None
+    if isinstance(target, ops.LabelIndex):
+        check_index(function, target, num_classes, device)
         return target
     if not isinstance(target, Tensor):
         raise TypeError(f"{function}: expected target as a tensor or a LabelIndex, got {type(target).__name__}")
-    check.check_labels_tensor(function, "target", target, (target.numel(),))
+    check.check_labels_tensor(function, "target", target, None, check.LABELS)
     check.check_device(function, "target", target, device, "classes")
     return ops.label_index(target, num_classes)
 

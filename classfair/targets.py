@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from classfair import _validate as check
+from classfair import backends
 
 
 class MixedTarget(NamedTuple):
@@ -19,10 +20,10 @@ class MixedTarget(NamedTuple):
     ``ignore_index`` drops out of the loss and of the denominator of ``"mean"``.
 
     Args:
-        y_a: ``(N,)`` or ``(N, d1, ...)`` int64.
+        y_a: ``(N,)`` or ``(N, d1, ...)`` int64 or uint8.
         y_b: shape of ``y_a``.
         lam: share of ``y_a`` in [0, 1]: a number, or a tensor that broadcasts to ``(N,)`` or to the shape of
-            ``y_a``; no gradient.
+            ``y_a``; no gradient. On GPUs, where nobody waits for its value, a share outside gives a loss of NaN.
 
     Example:
         >>> logits = torch.tensor([[2.0, 0.0, -1.0]])
@@ -59,19 +60,28 @@ def flat_mixture(
 
 def _flat_share(function: str, lam: Any, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     if not isinstance(lam, Tensor):
-        check.check_range(function, "target.lam", lam, 0.0, 1.0)
-        return torch.full((math.prod(shape),), lam, dtype=dtype, device=device)
+        check.check_number(function, "target.lam", lam, 0.0, 1.0)
+        return torch.full((math.prod(shape),), float(lam), dtype=dtype, device=device)
+    if lam.is_complex():
+        raise TypeError(f"{function}: expected target.lam as a number or a real tensor, got {lam.dtype}")
+    check.check_dense(function, "target.lam", lam)
     if lam.requires_grad:
         raise ValueError(f"{function}: expected target.lam without gradient, got requires_grad=True")
     if lam.dim() == 1 and len(shape) > 1:
         lam = lam.view(-1, *(1,) * (len(shape) - 1))
-    try:
-        torch.broadcast_shapes(lam.shape, shape)
-    except RuntimeError:
-        raise ValueError(
-            f"{function}: expected target.lam that broadcasts to {tuple(shape)}, got {tuple(lam.shape)}"
-        ) from None
-    return lam.to(device, dtype).expand(shape).reshape(-1).contiguous()
+    if lam.dim() > len(shape) or any(a not in (1, b) for a, b in zip(lam.shape[::-1], shape[::-1], strict=False)):
+        raise ValueError(f"{function}: expected target.lam that broadcasts to {tuple(shape)}, got {tuple(lam.shape)}")
+    return _checked_share(function, lam.to(device, dtype)).expand(shape).reshape(-1).contiguous()
+
+
+def _checked_share(function: str, lam: Tensor) -> Tensor:
+    """Shares in [0, 1]. Where nobody looks at values, NaN in the place of others, and so a loss of NaN."""
+    good = (lam >= 0) & (lam <= 1)
+    if lam.device.type != "cpu" or backends.transformed():
+        return torch.where(good, lam, torch.nan)
+    if not bool(good.all()):
+        raise ValueError(f"{function}: expected target.lam in [0, 1], got {float(lam[~good][0])}")
+    return lam
 
 
 def major_label(target: Tensor | MixedTarget) -> Tensor:
@@ -216,6 +226,7 @@ def total_weight(
         True
     """
     function, dtype = "total_weight", torch.float32
+    ignore_index = check.integer(function, "ignore_index", ignore_index)
     if weight is not None:
         check.check_floats(function, "weight", weight, (weight.numel() if isinstance(weight, Tensor) else 0,))
         dtype = check.acc_dtype(weight)

@@ -3,6 +3,8 @@
 // typed pointers, which kernels of either device read.
 #pragma once
 
+#include <algorithm>
+
 #include "common.h"
 #include "terms.h"
 
@@ -43,8 +45,31 @@ struct SoftmaxLossArguments {
   void take_tensors(BoxedCall& call) {
     call.take(logits, offset, margin, pair, target, target_b, mix, soft_target, slot, weight, sample_weight, group,
               cell);
+    STD_TORCH_CHECK(logits.dim() == 2 || logits.dim() == 3, "classfair: expected logits of two or three dimensions");
+    check_classes(offset, "offset");
+    check_classes(margin, "margin");
+    check_classes(weight, "weight");
+    check_rows(target, "target");
+    check_rows(target_b, "target_b");
+    check_rows(mix, "mix");
+    check_rows(slot, "slot");
+    check_rows(sample_weight, "sample_weight");
+    check_rows(group, "group");
+    check_rows(cell, "cell");
+    pair = packed(pair);
+    STD_TORCH_CHECK(!pair.has_value() || (pair->dim() == 2 && pair->size(1) == classes()),
+                    "classfair: expected pair of shape (M, C)");
+    check_numel(soft_target, logits.numel(), "soft_target");
+    STD_TORCH_CHECK(
+        !soft_target.has_value() || (soft_target->dim() == logits.dim() && soft_target->size(1) == classes()),
+        "classfair: expected soft_target of the shape of logits");
   }
-  void take_scalars(BoxedCall& call) { call.take(num_groups, num_cells, ignore_index, label_smoothing, gamma, stats); }
+  void take_scalars(BoxedCall& call) {
+    call.take(num_groups, num_cells, ignore_index, label_smoothing, gamma, stats);
+    STD_TORCH_CHECK(num_groups >= 1 && num_cells >= 0 && num_groups <= kMaxTable / std::max<int64_t>(classes(), 1),
+                    "classfair: expected tables of at most 2^60 numbers");
+    STD_TORCH_CHECK(num_cells <= kMaxTable / std::max<int64_t>(classes(), 1), "classfair: too many cells");
+  }
 
   int64_t rows() const { return logits.size(0) * (logits.dim() == 3 ? logits.size(2) : 1); }
   int64_t classes() const { return logits.size(1); }
@@ -52,6 +77,20 @@ struct SoftmaxLossArguments {
   bool joint() const { return stats != 0 && cell.has_value(); }
   ScalarType accumulate_type() const {
     return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  }
+
+ private:
+  static constexpr int64_t kMaxTable = int64_t{1} << 60;  // so that no size of a table overflows
+
+  void check_rows(OptionalTensor& tensor, const char* name) const {
+    if (!tensor.has_value()) return;
+    check_numel(tensor, rows(), name);
+    tensor = packed(tensor);
+  }
+  void check_classes(OptionalTensor& tensor, const char* name) const {
+    if (!tensor.has_value()) return;
+    check_numel(tensor, classes(), name);
+    tensor = packed(tensor);
   }
 };
 
@@ -73,6 +112,25 @@ struct SoftmaxLossBackwardArguments : SoftmaxLossArguments {
     call.take(lse, lse_raw);
     take_scalars(call);
     call.take(want_offset, want_margin, want_pair);
+    check_upstream();
+  }
+
+ private:
+  void check_upstream() {
+    const int64_t sums = num_groups * classes(), rows = this->rows();
+    STD_TORCH_CHECK(
+        !grad_loss.has_value() || grad_loss->dim() == 0 || (grad_loss->dim() == 1 && grad_loss->size(0) == rows),
+        "classfair: expected grad_loss of shape () or (R,)");
+    check_numel(grad_lse, rows, "grad_lse");
+    check_numel(grad_mass, sums, "grad_mass");
+    check_numel(grad_hit, sums, "grad_hit");
+    check_numel(grad_joint, num_cells * classes(), "grad_joint");
+    check_numel(stats_scale, 1, "stats_scale");
+    check_numel(lse, rows, "lse");
+    STD_TORCH_CHECK(lse_raw.numel() == 0 || lse_raw.numel() == rows, "classfair: expected lse_raw of R elements");
+    for (OptionalTensor* t : {&grad_lse, &grad_mass, &grad_hit, &grad_joint}) *t = packed(*t);
+    lse = packed(lse);
+    lse_raw = packed(lse_raw);
   }
 };
 
@@ -194,6 +252,8 @@ Inputs<T> make_inputs(const SoftmaxLossArguments& a) {
   in.pair = optional_data<A>(a.pair);
   in.slot = optional_data<int64_t>(a.slot);
   in.pair_rows = a.pair.has_value() ? a.pair->size(0) : 0;
+  // A table without rows has no memory, but perturbs as any other. Nobody reads behind this pointer.
+  if (a.pair.has_value() && in.pair_rows == 0) in.pair = reinterpret_cast<const A*>(alignof(A));
   in.sample_weight = optional_data<A>(a.sample_weight);
   in.group = optional_data<int64_t>(a.group);
   in.cell = optional_data<int64_t>(a.cell);

@@ -94,6 +94,21 @@ T* data(const Tensor& tensor) {
   return tensor.numel() == 0 ? nullptr : static_cast<T*>(tensor.data_ptr());
 }
 
+// The same values in the layout that kernels read. Callers pass contiguous tensors, but torch itself may not: it puts
+// an expanded zero in the place of a ZeroTensor.
+inline Tensor packed(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+inline OptionalTensor packed(const OptionalTensor& tensor) {
+  return tensor.has_value() ? OptionalTensor(packed(*tensor)) : tensor;
+}
+
+// Every kernel checks the sizes of what it reads: a caller in Python has said what is wrong before.
+inline void check_numel(const OptionalTensor& tensor, int64_t numel, const char* name) {
+  STD_TORCH_CHECK(!tensor.has_value() || tensor->numel() == numel, "classfair: expected ", name, " of ", numel,
+                  " elements");
+}
+
 // Data of an optional tensor, null where it is absent.
 template <class T>
 const T* optional_data(const OptionalTensor& tensor) {

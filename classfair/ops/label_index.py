@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from classfair import _library, backends, reference
-from classfair._validate import check_labels_tensor
+from classfair import _validate as check
 
 
 class LabelIndex(NamedTuple):
@@ -21,6 +21,15 @@ class LabelIndex(NamedTuple):
     order: Tensor  # (N,) int64: rows sorted by slot, stable
     start: Tensor  # (M + 1,) int64: slot s owns order[start[s]:start[s + 1]]
     num_slots: Tensor  # () int64
+    num_keys: int  # C * G: whoever reads rows of a table by key_of_slot knows that it has as many
+
+
+def check_index(function: str, index: LabelIndex, num_classes: int, device: torch.device) -> None:
+    """Whether an index is of these classes, without groups: keys of others would lead out of a table of them."""
+    if index.num_keys != num_classes:
+        raise ValueError(f"{function}: expected a LabelIndex of {num_classes} classes, got one of {index.num_keys}")
+    if index.slot.device != device:
+        raise ValueError(f"{function}: expected a LabelIndex on {device}, got one on {index.slot.device}")
 
 
 def _fake(
@@ -51,7 +60,7 @@ def label_index(
     """Group the rows of a batch by label, without a host synchronisation on GPUs.
 
     Args:
-        target: ``(N,)`` int64 in ``[0, num_classes)`` or ``ignore_index``.
+        target: ``(N,)`` int64 or uint8, in ``[0, num_classes)`` or ``ignore_index``.
         num_classes: number of classes C.
         group: ``(N,)`` int64 in ``[0, num_groups)``, or -1 for "in no group".
         num_groups: number of groups G.
@@ -59,9 +68,10 @@ def label_index(
         backend: ``"native"``, ``"triton"``, ``"reference"``, or None for the default (see :mod:`classfair.backends`).
 
     Returns:
-        A :class:`LabelIndex`; every output is int64 on the device of ``target``. No gradient.
+        A :class:`LabelIndex`; every tensor is int64 on the device of ``target``. No gradient.
 
     Raises:
+        TypeError, ValueError: arguments of the wrong kind, shape, device or size (C * G is at most 2^60).
         IndexError: on the CPU, for a label or group out of range, naming the first such row. On other devices such
             rows get slot -1.
 
@@ -72,15 +82,17 @@ def label_index(
         >>> index.slot.tolist(), index.key_of_slot.tolist(), index.num_slots.item()
         ([2, 0, 2, 1], [0, 1, 2, 0], 3)
     """
-    check_labels_tensor("label_index", "target", target, target.shape[:1])
+    check.check_labels_tensor("label_index", "target", target, None, check.LABELS)
+    check.check_keys("label_index", num_classes, num_groups)
+    ignore_index = check.integer("label_index", "ignore_index", ignore_index)
     if group is not None:
-        check_labels_tensor("label_index", "group", group, target.shape)
+        check.check_labels_tensor("label_index", "group", group, target.shape)
+        check.check_device("label_index", "group", group, target.device, "target")
+        group = group.contiguous()
     name = backends.choose("label_index", target.device, backend)
-    group = None if group is None else group.contiguous()
-    arguments = (target.contiguous(), group, num_classes, num_groups, ignore_index)
-    if name == "reference":
-        return LabelIndex(*reference.label_index(*arguments))
-    return LabelIndex(*backends.namespace(name).label_index(*arguments))
+    arguments = (target.long().contiguous(), group, num_classes, num_groups, ignore_index)
+    operator = reference.label_index if name == "reference" else backends.namespace(name).label_index
+    return LabelIndex._make((*operator(*arguments), num_classes * num_groups))
 
 
 class Cells(NamedTuple):

@@ -108,7 +108,7 @@ def _dependence(
     rows = torch.where(part.enters[:, None], rows, 0)
     total = part.total(rows)  # (M, C), of the row's segment
     if mutual_information:
-        positive = rows > 0
+        positive = rows >= torch.finfo(rows.dtype).tiny
         ratio = torch.where(positive, rows * size / (torch.where(positive, total, 1) * n), 1)
         logarithm = ratio.clamp_min(torch.finfo(rows.dtype).tiny).log()
         # The derivatives of the row's own term and of the segment's sum cancel but for the logarithm.
@@ -233,7 +233,8 @@ def dependence(
 
     summed over segments, if ``weighted`` with the segment's share of all samples in ``count``.
 
-    ``rows`` is float32 or float64; ``cell`` is contiguous. A row that is 0 has gradient 0 from its logarithm.
+    ``rows`` is float32 or float64; ``cell`` is contiguous. A number below the smallest normal one counts as 0, and has
+    gradient 0 from its logarithm. A cell that ``count`` does not have has no samples.
     Returns: () in the dtype of ``rows``. Gradients: ``rows``, every order. Determinism: bitwise, any number of threads.
     """
     options = (mutual_information, weighted)

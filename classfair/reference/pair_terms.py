@@ -49,7 +49,9 @@ def _form(difference: Tensor, cov: Tensor) -> Tensor:
 
 def _ratio(form: Tensor, square: Tensor, cov: Tensor) -> Tensor:
     """d' S d / |d|^2 (K, C); 0 with zero gradient where the distance vanishes."""
-    far = square > THRESHOLD * square.detach().mean(1, keepdim=True).clamp_min(1)
+    average = square.detach().mean(1, keepdim=True)
+    # A NaN among the weights is one in its own pairs alone.
+    far = ~(square <= THRESHOLD * torch.where(average > 1, average, 1))
     ratio = torch.where(far, form / torch.where(far, square, 1), 0)
     if cov.dim() == 3:
         return ratio

@@ -27,7 +27,8 @@ def segments(rows: Tensor, count: Tensor, cell: Tensor | None, num_cells: Tensor
         groups = count.shape[0]
         number = torch.arange(cell.shape[0], device=cell.device)
         label, used = cell // groups, number < num_cells
-        n = torch.where(used, count[cell % groups, label], 0).to(rows.dtype)
+        known = (label >= 0) & (label < count.shape[1])  # a cell of another table has no samples here
+        n = torch.where(used & known, count[cell % groups, torch.where(known, label, 0)], 0).to(rows.dtype)
         begins = torch.ones_like(used)
         begins[1:] = (label[1:] != label[:-1]) | ~used[1:]
         first = torch.where(begins, number, 0).cummax(0).values if len(cell) else number
@@ -48,14 +49,18 @@ def dependence(
     """See :func:`classfair.ops.dependence`."""
     part = segments(rows, count, cell, num_cells)
     n, size, enters = part.samples[:, None], part.size[:, None], part.enters[:, None]
-    entering = enters & (rows > 0) if mutual_information else enters  # at 0 the derivative of the logarithm is -inf
+    # At 0 the derivative of the logarithm is -inf; below the smallest normal number its size overflows.
+    tiny = torch.finfo(rows.dtype).tiny
+    entering = enters & (rows >= tiny) if mutual_information else enters
     rows = torch.where(entering, rows, 0)
     total = part.total(rows)
     if mutual_information:
         # p(a,g) log(p(a,g) / (p(a) p(g))), with 0 log 0 = 0; a class of certain independence gives exactly 0.
         safe, safe_total = torch.where(entering, rows, 1), torch.where(entering, total, 1)
-        ratio = (safe * size) / (safe_total * n)
-        term = torch.where(entering, safe / size * ratio.clamp_min(torch.finfo(rows.dtype).tiny).log(), 0)
+        # The value is that of a ratio of products, the gradient that of two logarithms: a ratio's would overflow.
+        ratio = ((safe * size) / (safe_total * n)).detach().clamp_min(tiny).log()
+        difference = safe.log() - safe_total.log()
+        term = torch.where(entering, safe / size * (ratio + (difference - difference.detach())), 0)
     else:
         term = torch.where(enters, rows / n - total / size, 0).square()
     value = term.sum(1)

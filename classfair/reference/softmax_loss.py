@@ -105,14 +105,14 @@ def _perturbed(x: Tensor, t: Tensors, labels: Labels) -> Tensor:
     """Logits (R, C) plus offset and pair row, minus the margin at the label."""
     if t.offset is not None:
         x = x + t.offset
-    if t.pair is not None:
+    if t.pair is not None and t.pair.shape[0] > 0:
         index = labels.labels[0][0] if t.slot is None else t.slot
         exists = labels.statistic >= 0 if t.slot is None else (t.slot >= 0) & (t.slot < t.pair.shape[0])
         has_row = labels.valid & exists
         x = x + torch.where(has_row[:, None], t.pair[torch.where(has_row, index, 0)], 0.0)
     if t.margin is not None:
         y, share = labels.labels[0]
-        own = torch.where(share > 0, t.margin[y], 0.0)
+        own = torch.where(share != 0, t.margin[y], 0.0)
         x = x - own[:, None] * torch.nn.functional.one_hot(y, x.shape[1])
     return x
 
@@ -137,7 +137,7 @@ def _row_loss(
         term = (1 - label_smoothing) * w[y] * focal * own
         if label_smoothing:
             term = term + label_smoothing / num_classes * (w * nll).sum(1)
-        loss = loss + torch.where(share > 0, share * term, 0.0)
+        loss = loss + torch.where(share != 0, share * term, 0.0)
     return loss
 
 

@@ -89,6 +89,31 @@ class BatchStats:
         integers = (count, correct, predicted, prediction, invalid, nonfinite)
         return cls(mass, hit, *integers, joint=joint, confusion=confusion, contested=contested)
 
+    def check(self, function: str) -> None:
+        """TypeError or ValueError where a map over the tensors has changed what a penalty trusts."""
+        shape, device = self.mass.shape, self.mass.device
+        if len(shape) != 2:
+            raise ValueError(f"{function}: expected stats.mass of shape (G, C), got {tuple(shape)}")
+        tables: list[tuple[str, Tensor, tuple[int, ...], torch.dtype]] = [
+            ("mass", self.mass, shape, torch.float64 if self.mass.dtype == torch.float64 else torch.float32),
+            ("hit", self.hit, shape, self.mass.dtype),
+            ("count", self.count, shape, torch.int64),
+        ]
+        if self.joint is not None:
+            rows, cell, num_cells = self.joint
+            tables.append(("joint.rows", rows, (*cell.shape[:1], shape[1]), self.mass.dtype))
+            tables.append(("joint.cell", cell, cell.shape[:1], torch.int64))
+            tables.append(("joint.num_cells", num_cells, (), torch.int64))
+        for name, table, wanted, dtype in tables:
+            if table.dtype != dtype:
+                raise TypeError(f"{function}: expected stats.{name} of dtype {dtype}, got {table.dtype}")
+            if table.shape != wanted:
+                raise ValueError(
+                    f"{function}: expected stats.{name} of shape {tuple(wanted)}, got {tuple(table.shape)}"
+                )
+            if table.device != device:
+                raise ValueError(f"{function}: expected stats.{name} on {device}, got {table.device}")
+
     @classmethod
     def zeros(cls, num_groups: int, num_classes: int, device: torch.device | None = None) -> "BatchStats":
         """The statistics of no sample, which a sum starts from."""

@@ -11,6 +11,7 @@ from classfair import backends
 from classfair._state import KeepsPrecision
 from classfair.ops import LabelIndex, SlotMoments, class_moments_merge, label_index
 from classfair.ops import class_moments as moments_by_slot
+from classfair.ops.label_index import check_index
 from classfair.statistics._covariance import State, merge_covariance
 from classfair.statistics._processes import agree_on_rows, gather_moments, gather_rows, merge_batches
 
@@ -84,7 +85,7 @@ def _check_features(function: str, features: Any, target: Any) -> None:
     if rows is not None and (len(rows) != 2 or rows[1] == 0):
         raise ValueError(f"{function}: expected features of shape (N, D) with D >= 1, got {rows}")
     check.check_floats(function, "features", features, rows or ())
-    check.check_labels_tensor(function, "target", target, features.shape[:1])
+    check.check_labels_tensor(function, "target", target, features.shape[:1], check.LABELS)
     if target.device != features.device:
         raise ValueError(
             f"{function}: expected target on the device of the features, {features.device}, got {target.device}"
@@ -256,6 +257,8 @@ class ClassStatistics(KeepsPrecision):
                 f"ClassStatistics.update: expected features on the device of the statistics, {self.mean.device},"
                 f" got {features.device}"
             )
+        if isinstance(target, LabelIndex):
+            check_index("ClassStatistics.update", target, self.count.shape[0], features.device)
         index = target if isinstance(target, LabelIndex) else self._index(target)
         if not (sync and dist.is_available() and dist.is_initialized() and dist.get_world_size(process_group) > 1):
             self._merge(features, index)

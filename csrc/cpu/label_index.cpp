@@ -14,12 +14,14 @@ namespace classfair {
 
 namespace {
 
+constexpr int64_t kMaxKeys = int64_t{1} << 60;
+
 // Rows in stable order of keys in [0, max_key], 8 bits a pass.
 std::vector<int64_t> radix_order(const std::vector<int64_t>& key, int64_t max_key) {
   const int64_t rows = static_cast<int64_t>(key.size());
   std::vector<int64_t> order(rows), next(rows);
   std::iota(order.begin(), order.end(), 0);
-  for (int shift = 0; shift == 0 || (max_key >> shift) > 0; shift += 8) {
+  for (int shift = 0; shift == 0 || (shift < 64 && (max_key >> shift) > 0); shift += 8) {
     std::array<int64_t, 257> begin{};
     for (int64_t i = 0; i < rows; ++i) ++begin[((key[i] >> shift) & 255) + 1];
     std::partial_sum(begin.begin(), begin.end(), begin.begin());
@@ -32,8 +34,13 @@ std::vector<int64_t> radix_order(const std::vector<int64_t>& key, int64_t max_ke
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> label_index_cpu(Tensor target, OptionalTensor group,
                                                                    int64_t num_classes, int64_t num_groups,
                                                                    int64_t ignore_index) {
+  STD_TORCH_CHECK(num_classes >= 1 && num_groups >= 1 && num_classes <= kMaxKeys / num_groups,
+                  "label_index: expected from 1 to 2^60 keys");
+  target = packed(target);
+  group = packed(group);
+  check_numel(group, target.numel(), "group");
   const int64_t rows = target.numel(), keys = num_classes * num_groups, capacity = std::min(rows, keys);
-  const int64_t* label = static_cast<const int64_t*>(target.data_ptr());
+  const int64_t* label = data<int64_t>(target);
   const int64_t* group_of = optional_data<int64_t>(group);
   std::vector<int64_t> key(rows);
   for (int64_t i = 0; i < rows; ++i) {

@@ -74,10 +74,11 @@ struct Partition {
       for (int64_t g = 0; g < M; ++g) samples[g] = count.of_group(g);
       return;
     }
-    const int64_t *key = data<int64_t>(*cell), used = *data<int64_t>(*num_cells), G = count.G;
+    const int64_t *key = data<int64_t>(*cell), G = count.G, used = std::min(M, *data<int64_t>(*num_cells));
     for (int64_t m = 0; m < used; ++m) {
       const int64_t label = key[m] / G;
-      samples[m] = count.data[key[m] % G * count.C + label];
+      // A cell of another table has no samples here.
+      samples[m] = key[m] >= 0 && label < count.C ? count.data[key[m] % G * count.C + label] : 0;
       if (m == 0 || label != key[m - 1] / G) segments.push_back({m, 0});
       ++segments.back().rows;
     }
@@ -126,14 +127,14 @@ A squared_differences(const SegmentRows<A>& s) {
 // independent: a perfect classifier gives exactly 0.
 template <class A>
 A mutual_information(const SegmentRows<A>& s) {
-  const Vec<A> zero = {}, one = splat(A(1)), tiny = splat(std::numeric_limits<A>::min());
+  const Vec<A> one = splat(A(1)), tiny = splat(std::numeric_limits<A>::min());
   Vec<A> value = {};
   const A share = s.weight / s.size;
   each_vector<A>(s.C, [&](int64_t c, int64_t n) {
     const Vec<A> total = s.total(c, n);
     for (std::size_t k = 0; k < s.count(); ++k) {
       const Vec<A> row = take(s.rows[k] + c, n);
-      const Vec<A> ratio = row > zero ? (row * s.size) / (total * s.samples[k]) : one;
+      const Vec<A> ratio = row >= tiny ? (row * s.size) / (total * s.samples[k]) : one;
       const Vec<A> information = log(max(tiny, ratio));
       value += row * information;
       put(s.grads[k] + c, information * share, n);
@@ -167,7 +168,15 @@ A segment_penalty(const Partition& part, const Segment& segment, int64_t C, cons
 
 std::tuple<Tensor, Tensor> dependence_cpu(Tensor rows, Tensor count, OptionalTensor cell, OptionalTensor num_cells,
                                           bool mutual, bool weighted) {
+  rows = packed(rows);
+  count = packed(count);
+  cell = packed(cell);
   const int64_t M = rows.size(0), C = rows.size(1);
+  STD_TORCH_CHECK(
+      count.dim() == 2 && count.scalar_type() == ScalarType::Long && cell.has_value() == num_cells.has_value(),
+      "dependence: expected counts (G, C) of int64, and both of cell and num_cells or neither");
+  check_numel(cell, M, "cell");
+  if (!cell.has_value()) check_numel(count, count.size(1) * M, "count");
   Tensor value = allocate<0>(rows, {}, rows.scalar_type());
   Tensor grad_rows = allocate<2>(rows, {M, C}, rows.scalar_type());
   const Partition part(M, CountTable(count), cell, num_cells);
@@ -249,7 +258,14 @@ void fill_gradients(const Overlap<A>& o, const Overlap<A>* all, int64_t C) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> iou_penalty_cpu(Tensor mass, Tensor hit, Tensor count, bool paired, bool skip) {
+  mass = packed(mass);
+  hit = packed(hit);
+  count = packed(count);
   const int64_t G = count.size(0), C = count.size(1), *counts = data<int64_t>(count);
+  check_numel(mass, G * C, "mass");
+  check_numel(hit, G * C, "hit");
+  STD_TORCH_CHECK(count.scalar_type() == ScalarType::Long && hit.scalar_type() == mass.scalar_type(),
+                  "iou_penalty: expected counts of int64, mass and hit of one dtype");
   Tensor value = allocate<0>(mass, {}, mass.scalar_type());
   Tensor grad_mass = allocate<2>(mass, {G, C}, mass.scalar_type());
   Tensor grad_hit = allocate<2>(mass, {G, C}, mass.scalar_type());

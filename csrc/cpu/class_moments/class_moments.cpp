@@ -4,6 +4,8 @@
 
 #include <algorithm>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -43,7 +45,7 @@ struct Batch {
 
 template <class A>
 void zero_slot(A* values, int64_t slot, int64_t D) {
-  if (values != nullptr) std::memset(values + slot * D, 0, D * sizeof(A));
+  if (values != nullptr && D > 0) std::memset(values + slot * D, 0, D * sizeof(A));
 }
 
 // A slot with a result that is not finite, again without the rows that are not.
@@ -82,10 +84,23 @@ void fill_moments(const Batch<T>& b) {
   }
 }
 
+// Throws where an index of another batch would lead out of the features.
+void check_index(const int64_t* order, const int64_t* start, int64_t slots, int64_t rows, int64_t positions) {
+  bool good = start[0] >= 0 && start[slots] <= positions;
+  for (int64_t s = 0; s < slots; ++s) good &= start[s] <= start[s + 1];
+  for (int64_t p = 0; good && p < start[slots]; ++p) good &= order[p] >= 0 && order[p] < rows;
+  if (!good) throw std::out_of_range("class_moments: expected an index of these features, got one of other rows");
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> class_moments_cpu(Tensor features, Tensor slot, Tensor order, Tensor start,
                                                              bool variance) {
   if (features.size(1) > 1 && features.stride(1) != 1) features = torch::stable::contiguous(features);
+  order = packed(order);
+  start = packed(start);
   const int64_t slots = start.numel() - 1, D = features.size(1);
+  STD_TORCH_CHECK(slots >= 0, "class_moments: expected start of M + 1 elements");
+  check_index(static_cast<const int64_t*>(order.data_ptr()), static_cast<const int64_t*>(start.data_ptr()), slots,
+              features.size(0), order.numel());
   return dispatch_floating(features.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     using A = acc_t<T>;
@@ -115,9 +130,19 @@ void class_moments_merge_cpu(Tensor count, Tensor mean, OptionalTensor variance,
       "class_moments_merge: expected contiguous rows and state, both with a variance or neither");
   STD_TORCH_CHECK(mean.scalar_type() == state_mean.scalar_type(),
                   "class_moments_merge: expected rows in the state's dtype");
-  const int64_t slots = count.numel(), D = mean.size(1);
+  const int64_t slots = count.numel(), D = mean.size(1), classes = state_count.numel();
+  for (const OptionalTensor& t : {OptionalTensor(mean), variance}) check_numel(t, slots * D, "rows");
+  for (const OptionalTensor& t : {OptionalTensor(state_mean), state_variance, state_error})
+    check_numel(t, classes * D, "state");
+  check_numel(key, slots, "key");
+  count = packed(count);
+  key = packed(key);
   const int64_t *n_b = data<int64_t>(count), *label = data<int64_t>(key);
   int64_t* n = data<int64_t>(state_count);
+  for (int64_t s = 0; s < slots; ++s)
+    if (n_b[s] != 0 && (label[s] < 0 || label[s] >= classes))
+      throw std::out_of_range("class_moments_merge: expected key in [0, " + std::to_string(classes) + "), got " +
+                              std::to_string(label[s]));
   dispatch_floating(mean.scalar_type(), [&](auto tag) {
     using A = acc_t<decltype(tag)>;
     const Merge<A> in{data<A>(mean),

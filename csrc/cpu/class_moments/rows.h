@@ -128,6 +128,7 @@ void merge_columns(const Merge<A>& in, int64_t slot, int64_t label, A w, int64_t
   const int64_t from = slot * in.D, to = label * in.D;
   if (w == A(1)) {  // the first batch of a class, exactly, and without 0 * inf where a square overflows
     const int64_t bytes = (end - begin) * sizeof(A);
+    if (bytes == 0) return;
     std::memcpy(in.state_mean + to + begin, in.mean + from + begin, bytes);
     if (spread) std::memcpy(in.state_variance + to + begin, in.variance + from + begin, bytes);
     if (keep) std::memset(in.state_error + to + begin, 0, bytes);

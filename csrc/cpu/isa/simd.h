@@ -168,7 +168,7 @@ CLASSFAIR_INLINE FloatV exp(FloatV x) {
   p = p * r + 0.499991478411f;
   p = p * r + 0.999999706313f;
   p = p * r + 1.f;
-  const FloatV scale = bits_as<FloatV>((bits_as<Int32V>(shifted) << 23) + 0x3f800000);
+  const FloatV scale = bits_as<FloatV>((bits_as<UInt32V>(shifted) << 23) + 0x3f800000u);
   return p * scale;
 }
 CLASSFAIR_INLINE DoubleV exp(DoubleV x) {
@@ -179,8 +179,10 @@ CLASSFAIR_INLINE DoubleV exp(DoubleV x) {
 // log x for normal x > 0, relative error below 3e-7, log 1 = 0: x = m 2^n with m from sqrt(1/2) to sqrt(2), and the
 // series of 2 atanh(s) at s = (m - 1) / (m + 1), |s| < 0.172, whose first term left out is 2e-9 of it.
 CLASSFAIR_INLINE FloatV log(FloatV x) {
-  const Int32V bits = bits_as<Int32V>(x), exponent = (bits - 0x3f3504f3) >> 23;
-  const FloatV m = bits_as<FloatV>(bits - (exponent << 23)), n = __builtin_convertvector(exponent, FloatV);
+  const UInt32V bits = bits_as<UInt32V>(x);
+  const Int32V exponent = bits_as<Int32V>(bits - 0x3f3504f3u) >> 23;
+  const FloatV m = bits_as<FloatV>(bits - (bits_as<UInt32V>(exponent) << 23)),
+               n = __builtin_convertvector(exponent, FloatV);
   const FloatV s = (m - 1.f) / (m + 1.f), z = s * s;
   const FloatV series = ((z * (2.f / 9) + 2.f / 7) * z + 2.f / 5) * z + 2.f / 3;
   return n * 0.693359375f + (n * -2.12194440e-4f + (s * 2.f + s * z * series));

@@ -3,6 +3,8 @@
 #include "cpu/pair_terms/pair_terms.h"
 
 #include <algorithm>
+#include <stdexcept>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -12,20 +14,35 @@ namespace classfair {
 
 namespace {
 
+// Throws where a label in use is no class: it is of an index of other classes.
 template <class A>
 PairInputs<A> make_inputs(const Tensor& weight, const OptionalTensor& cov, const Tensor& label,
                           const Tensor& num_slots) {
-  return {static_cast<const A*>(weight.data_ptr()),
-          optional_data<A>(cov),
-          static_cast<const int64_t*>(label.data_ptr()),
-          *static_cast<const int64_t*>(num_slots.data_ptr()),
-          weight.size(0),
-          weight.size(1)};
+  check_numel(cov, weight.numel(), "cov");
+  const PairInputs<A> in{static_cast<const A*>(weight.data_ptr()),
+                         optional_data<A>(cov),
+                         static_cast<const int64_t*>(label.data_ptr()),
+                         *static_cast<const int64_t*>(num_slots.data_ptr()),
+                         weight.size(0),
+                         weight.size(1)};
+  STD_TORCH_CHECK(in.used <= label.numel(), "pair_terms: expected num_slots of at most M");
+  for (int64_t m = 0; m < in.used; ++m)
+    if (in.label[m] < 0 || in.label[m] >= in.C)
+      throw std::out_of_range("pair_terms: expected label in [0, " + std::to_string(in.C) + "), got " +
+                              std::to_string(in.label[m]) + " at slot " + std::to_string(m));
+  return in;
+}
+
+void pack(Tensor* weight, OptionalTensor* cov, Tensor* label) {
+  *weight = packed(*weight);
+  *cov = packed(*cov);
+  *label = packed(*label);
 }
 
 std::tuple<Tensor, Tensor> pair_terms_fwd_cpu(Tensor weight, OptionalTensor cov, Tensor label, Tensor num_slots,
                                               bool normalize, bool want_square) {
   STD_TORCH_CHECK(!normalize || want_square, "pair_terms: a normalized forward returns its squares");
+  pack(&weight, &cov, &label);
   const int64_t M = label.size(0), C = weight.size(0);
   Tensor variance = zeros<2>(weight, {cov ? M : 0, cov ? C : 0}, weight.scalar_type());
   Tensor square = zeros<2>(weight, {want_square ? M : 0, want_square ? C : 0}, weight.scalar_type());
@@ -50,7 +67,12 @@ std::tuple<Tensor, Tensor> pair_terms_fwd_cpu(Tensor weight, OptionalTensor cov,
 std::tuple<Tensor, Tensor> pair_terms_bwd_cpu(OptionalTensor grad_variance, OptionalTensor grad_square, Tensor weight,
                                               OptionalTensor cov, Tensor label, Tensor num_slots, Tensor variance,
                                               Tensor square, bool normalize, bool want_cov) {
-  const int64_t C = weight.size(0), D = weight.size(1);
+  pack(&weight, &cov, &label);
+  const int64_t M = label.size(0), C = weight.size(0), D = weight.size(1);
+  for (OptionalTensor* t : {&grad_variance, &grad_square}) {
+    check_numel(*t, M * C, "gradients");
+    *t = packed(*t);
+  }
   Tensor grad_weight = zeros<2>(weight, {C, D}, weight.scalar_type());
   Tensor grad_cov =
       want_cov ? zeros<2>(weight, {C, D}, weight.scalar_type()) : zeros<1>(weight, {0}, weight.scalar_type());
@@ -66,6 +88,8 @@ std::tuple<Tensor, Tensor> pair_terms_bwd_cpu(OptionalTensor grad_variance, Opti
     const auto& code = std::get<PairKernels<A>>(kernels());
     std::vector<A> threshold;
     if (normalize && b.grad_variance) {
+      check_numel(variance, M * C, "variance");
+      check_numel(square, M * C, "square");
       b.ratio = data<A>(variance);
       b.square = data<A>(square);
       threshold.resize(b.in.used);
