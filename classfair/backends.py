@@ -53,6 +53,14 @@ def transformed() -> bool:
     )
 
 
+def recomputing() -> bool:
+    """Whether this thread is in a backward pass, as where an activation checkpoint computes forward passes again.
+
+    The compiler refuses the question, and recomputes on its own.
+    """
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 def _load(module: str) -> None:
     try:
         importlib.import_module(f"classfair.{module}")

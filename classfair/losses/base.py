@@ -1,33 +1,24 @@
-"""What all losses share: cross-entropy with statistics, and when a loss perturbs."""
+"""What all losses share: cross-entropy with statistics, when a loss perturbs, and losses that also look at features."""
 
 import warnings
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from classfair import _validate as check
-from classfair._state import Restorable
+from classfair import backends
 from classfair.functional import cross_entropy
 from classfair.functional_stats import cross_entropy_with_stats
-from classfair.losses._recomputation import recomputing
+from classfair.losses._buffers import PERTURBATIONS, FeatureState, LossState
+from classfair.ops import LabelIndex, label_index, pair_terms
+from classfair.pair import PairTerms
 from classfair.statistics import BatchStats
-from classfair.targets import MixedTarget, total_weight
-
-_PERTURBATIONS = ("reweight", "offset", "margin")
+from classfair.targets import MixedTarget, major_label, total_weight
 
 
-class Keywords(TypedDict, total=False):
-    """What every loss takes, as :class:`CrossEntropyLoss` does."""
-
-    weight: Tensor | None
-    ignore_index: int
-    reduction: str
-    label_smoothing: float
-    backend: str | None
-
-
-class CrossEntropyLoss(Restorable):
+class CrossEntropyLoss(LossState):
     """:class:`torch.nn.CrossEntropyLoss` with per-class statistics from the same pass.
 
     In evaluation (``criterion.eval()``, or under ``no_grad`` or ``inference_mode``) the losses built on this class
@@ -55,13 +46,6 @@ class CrossEntropyLoss(Restorable):
         [[2, 1, 1]]
     """
 
-    _version = 2  # from 2 on a weight that the state does not have was None
-
-    weight: Tensor | None
-    reweight: Tensor | None
-    offset: Tensor | None
-    margin: Tensor | None
-
     def __init__(
         self,
         weight: Tensor | None = None,
@@ -71,55 +55,17 @@ class CrossEntropyLoss(Restorable):
         label_smoothing: float = 0.0,
         backend: str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(weight)
         name = type(self).__name__
         check.check_choice(name, "reduction", reduction, check.REDUCTIONS)
         check.check_number(name, "label_smoothing", label_smoothing, 0.0, 1.0)
-        if weight is not None:
-            check.check_floats(name, "weight", weight, (weight.numel() if isinstance(weight, Tensor) else 0,))
-            # A weight made on the meta device has no values: they are NaN until a state is loaded.
-            self._keep("weight", torch.full(weight.shape, torch.nan, device="cpu") if weight.is_meta else weight)
-        self.register_buffer("weight", weight)
-        for vector in _PERTURBATIONS:
-            self.register_buffer(vector, None)
         self.gamma = 0.0
         self.ignore_index = ignore_index
         self.reduction = reduction
         self.label_smoothing = label_smoothing
         self.backend = backend
-        self.own: tuple[str, ...] = ()  # vectors that the loss makes itself, for `Warmup` to ramp
-        self.ramped = False  # `Warmup` does
         self._began_plain = False  # the last forward pass outside of a backward pass: in training, without gradients
         self._warned = False
-
-    def put(self, name: str, vector: Tensor | None) -> None:
-        """Set ``reweight``, ``offset`` or ``margin`` to a copy; in place where there is one, so as not to recompile."""
-        old = getattr(self, name)
-        if vector is None:
-            setattr(self, name, None)
-        elif old is not None and old.shape == vector.shape:
-            old.copy_(vector)
-        else:
-            for other in ("weight", *_PERTURBATIONS):
-                present = getattr(self, other)
-                if other != name and present is not None and present.shape != vector.shape:
-                    wanted = f"{name} of the shape of {other}, {tuple(present.shape)}"
-                    raise ValueError(f"{type(self).__name__}: expected {wanted}, got {tuple(vector.shape)}")
-            setattr(self, name, vector.detach().to(self._place.device, copy=True))
-
-    def _make_own(self, name: str, vector: Tensor) -> None:
-        self.put(name, self._keep(name, vector))
-        self.own += (name,)
-
-    def reset_parameters(self) -> None:
-        """Give the buffers the values that the constructor gave them, as after ``to_empty``.
-
-        Weights that a schedule has set are gone, and vectors that it ramps are whole, until its next step.
-        """
-        for name in ("weight", *_PERTURBATIONS):
-            if name not in self._constants:
-                setattr(self, name, None)
-        super().reset_parameters()
 
     def perturbation(self) -> dict[str, Any]:
         """Keyword arguments of :func:`classfair.cross_entropy` that apply in training only."""
@@ -135,7 +81,7 @@ class CrossEntropyLoss(Restorable):
 
     def _perturbs(self) -> bool:
         """Whether training and evaluation differ."""
-        return self.gamma > 0 or any(getattr(self, name) is not None for name in _PERTURBATIONS)
+        return self.gamma > 0 or any(getattr(self, name) is not None for name in PERTURBATIONS)
 
     def _recomputes(self) -> bool:
         """Whether this forward pass is a recomputation inside a backward pass.
@@ -144,7 +90,7 @@ class CrossEntropyLoss(Restorable):
         """
         if torch.compiler.is_compiling():
             return False
-        if not recomputing():
+        if not backends.recomputing():
             began_plain = self.training and not torch.is_grad_enabled()
             if began_plain != self._began_plain:
                 self._began_plain = began_plain
@@ -203,17 +149,131 @@ class CrossEntropyLoss(Restorable):
             ignore_index=self.ignore_index,
         )
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
-    ) -> None:
-        """Weights come and go with the state: a schedule may have set them there, or here."""
-        for name in ("weight", "reweight"):
-            saved, here = state_dict.get(prefix + name), getattr(self, name)
-            if saved is not None and here is None:
-                setattr(self, name, torch.empty_like(saved, device=self._place.device))
-            elif saved is None and local_metadata.get("version", 0) >= 2:  # this loss was saved, and without
-                setattr(self, name, None)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
-
     def extra_repr(self) -> str:
         return f"ignore_index={self.ignore_index}, reduction={self.reduction!r}, label_smoothing={self.label_smoothing}"
+
+
+class FeatureLoss(FeatureState, CrossEntropyLoss):
+    """Base of the losses of ``(features, linear_weight, target)``: when they perturb, and when their state changes.
+
+    Subclasses say what is added to the logits of a label: :meth:`pair`.
+    """
+
+    def _perturbs(self) -> bool:
+        return True
+
+    def pair(self, linear_weight: Tensor, index: LabelIndex) -> PairTerms:
+        """What is added to the logits of each label of the index."""
+        raise NotImplementedError
+
+    def absorbed(
+        self, features: Tensor, linear_weight: Tensor, target: Tensor | MixedTarget, linear_bias: Tensor | None
+    ) -> Tensor | None:
+        """Perturbed logits without pair rows, where the raw ones are not wanted and there is a cheaper way."""
+        return None
+
+    def refresh(self) -> None:
+        """What follows from the class statistics, after each of their updates."""
+
+    def variance(self, linear_weight: Tensor, index: LabelIndex, *, normalize: bool = False) -> Tensor:
+        """Rows (M, C) of :func:`classfair.pair_variance` for the labels of the index."""
+        cov, acc = self.statistics.cov, check.acc_dtype(linear_weight)
+        assert cov is not None
+        matrices = cov.dim() == 3  # they are for plain torch
+        backend = "reference" if matrices else backends.choose("pair_terms", linear_weight.device, self.backend)
+        weight, cov = linear_weight.to(acc).contiguous(), cov.to(acc).contiguous()
+        rows = pair_terms(weight, cov, index.key_of_slot, index.num_slots, normalize=normalize, backend=backend)
+        assert rows.variance is not None
+        return rows.variance
+
+    @torch.no_grad()
+    def watch(self, perturbation: Tensor) -> None:
+        """Keep the largest of these perturbations, whatever their shape; a NaN counts as an infinite one."""
+        if perturbation.numel():
+            largest = perturbation.abs().amax().float().nan_to_num(nan=torch.inf, posinf=torch.inf)
+            torch.maximum(self.largest, largest, out=self.largest)
+
+    def forward(  # type: ignore[override]
+        self,
+        features: Tensor,
+        linear_weight: Tensor,
+        target: Tensor | MixedTarget,
+        *,
+        logits: Tensor | None = None,
+        linear_bias: Tensor | None = None,
+        sample_weight: Tensor | None = None,
+        update: bool = True,
+    ) -> Tensor:
+        """The loss; see the class for shapes. ``update=False`` leaves the state alone, as in virtual steps."""
+        raw = logits is not None
+        logits, arguments = self._prepare(features, linear_weight, target, logits, linear_bias, update, raw=raw)
+        return cross_entropy(logits, target, sample_weight=sample_weight, **arguments)
+
+    def with_stats(  # type: ignore[override]
+        self,
+        features: Tensor,
+        linear_weight: Tensor,
+        target: Tensor | MixedTarget,
+        *,
+        logits: Tensor | None = None,
+        linear_bias: Tensor | None = None,
+        update: bool = True,
+        **options: Any,
+    ) -> tuple[Tensor, BatchStats]:
+        """The loss and the :class:`BatchStats` of the unperturbed logits, from one pass over them.
+
+        ``options``: ``group``, ``num_groups``, ``joint``, ``label``, ``confusion``, ``differentiable``, ``penalty``,
+        ``penalty_weight`` and ``sample_weight`` of :func:`classfair.cross_entropy_with_stats`.
+        """
+        logits, arguments = self._prepare(features, linear_weight, target, logits, linear_bias, update, raw=True)
+        return cross_entropy_with_stats(logits, target, **options, **arguments)
+
+    def _prepare(
+        self,
+        features: Tensor,
+        linear_weight: Tensor,
+        target: Tensor | MixedTarget,
+        logits: Tensor | None,
+        linear_bias: Tensor | None,
+        update: bool,
+        *,
+        raw: bool,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Logits and the arguments of the loss on them; ``raw`` where they have to be the unperturbed ones."""
+        self._check(features, linear_weight, target)
+        update = update and not self._recomputes()
+        arguments = self._arguments()
+        if self.active:
+            index = self._index(target)
+            if update:
+                major = self._index(major_label(target)) if isinstance(target, MixedTarget) else index
+                self.statistics.update(features, major)
+                self.refresh()
+            perturbed = None if raw else self.absorbed(features, linear_weight, target, linear_bias)
+            if perturbed is None:
+                arguments["pair"] = pair = self.pair(linear_weight, index)
+                if update and len(pair.rows):  # of one label a step
+                    self.watch(pair.rows.detach().index_select(0, (self.updates % len(pair.rows)).view(1)))
+            if update:
+                # An assignment, which the compiler refuses inside a checkpoint and leaves to eager torch: compiled, the
+                # recomputation would merge the batch into the statistics that have it already.
+                self.updates = self.updates + 1
+            if perturbed is not None:
+                return perturbed, arguments
+        if logits is None:
+            logits = F.linear(features, linear_weight, linear_bias)
+        return logits, arguments
+
+    def _index(self, target: Tensor | MixedTarget) -> LabelIndex:
+        """Of the labels of the batch; of those of a mixture, (2N,), first all y_a and then all y_b."""
+        labels = torch.cat([target.y_a, target.y_b]) if isinstance(target, MixedTarget) else target
+        classes = self.statistics.mean.shape[0]
+        return label_index(labels, classes, ignore_index=self.ignore_index, backend=self.backend)
+
+    def _check(self, features: Any, linear_weight: Any, target: Any) -> None:
+        name, (num_classes, dim) = type(self).__name__, self.statistics.mean.shape
+        rows = features.shape[0] if isinstance(features, Tensor) and features.dim() == 2 else -1
+        check.check_floats(name, "features", features, (max(rows, 0), dim))
+        check.check_floats(name, "linear_weight", linear_weight, (num_classes, dim))
+        if isinstance(target, Tensor) and target.is_floating_point():
+            raise TypeError(f"{name}: expected hard labels or MixedTarget, got probabilities")

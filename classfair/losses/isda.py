@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from classfair import _validate as check
-from classfair.losses.base import Keywords
-from classfair.losses.features import FeatureLoss
+from classfair.losses._buffers import Keywords
+from classfair.losses.base import FeatureLoss
 from classfair.ops import LabelIndex
 from classfair.pair import PairTerms
 from classfair.statistics import ClassStatistics

@@ -3,7 +3,8 @@
 from typing import Any, Unpack
 
 from classfair import _validate as check
-from classfair.losses.base import CrossEntropyLoss, Keywords
+from classfair.losses._buffers import Keywords
+from classfair.losses.base import CrossEntropyLoss
 from classfair.priors import effective_number_weights, ldam_margins, logit_adjustment
 
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from classfair import _validate as check
 from classfair import backends
-from classfair.losses.base import Keywords
-from classfair.losses.features import FeatureLoss
+from classfair.losses._buffers import Keywords
+from classfair.losses.base import FeatureLoss
 from classfair.ops import LabelIndex, log_distance_ratio, pair_terms
 from classfair.pair import BLOCK_NUMBERS, PairTerms
 from classfair.priors import logit_adjustment
