@@ -134,7 +134,7 @@ _SELF_TESTS: dict[str, Callable[[str, str], None]] = {
     "label_index": _test_label_index,
     "class_moments": _test_class_moments,
     "pair_terms": _test_pair_terms,
-    "fairness": _test_fairness,
+    "penalties": _test_fairness,
 }
 
 

@@ -9,7 +9,18 @@ import torch
 FEATURED = {
     *("plain-3x31", "mixed-stats", "all", "all-many-rows", "all-wide", "mixed-all", "dense-all", "share-all"),
     *("plain-0x5", "strided-3d", "strided-3d-many", "nan", "layout", "layout-narrow"),
-    *("3x7x2-variance", "17x17x16-ratio", "9x1-3", "200x31-2", "nonfinite", "large-offset-many", "groups-3x33", "cells-zeros", "3x33", "perfect"),
+    *(
+        "3x7x2-variance",
+        "17x17x16-ratio",
+        "9x1-3",
+        "200x31-2",
+        "nonfinite",
+        "large-offset-many",
+        "groups-3x33",
+        "cells-zeros",
+        "3x33",
+        "perfect",
+    ),
 }
 
 

@@ -68,6 +68,7 @@ def test_errors_that_name_a_file_forge_no_line(tmp_path, capsys):
     assert error.splitlines() == [error.rstrip("\n")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_terminals_of_other_encodings(encoding, tmp_path):
     """Neither the names nor our own tables may end a job after its training."""
