@@ -49,7 +49,7 @@ test-all: $(VENV)/.installed  ## run what `make test` leaves out: more cases, dt
 
 # The .cu files, compiled by g++, serve as back-end `native` of the CPU; see tests/cuda_emulator/README.md.
 test-cuda-emulated: $(VENV)/.installed  ## run the CUDA kernels on the CPU: conformance, bounds, barriers, races
-	$(PYTEST) tests/cuda_emulator
+	$(PYTEST) -m "" tests/cuda_emulator
 	$(PYTEST) -p tests.cuda_emulator.plugin tests/primitives/test_conformance.py tests/primitives/test_reference.py \
 	  -k "(native-cpu or (label_index and native)) and not dependence and not iou_penalty" $(ARGS)
 

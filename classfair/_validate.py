@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -104,13 +105,16 @@ def check_choice(function: str, name: str, value: Any, choices: Sequence[Any]) -
 def check_counts(function: str, counts: Any) -> Tensor:
     """Class counts from a tensor, array or sequence, as (C,) float64."""
     try:
-        tensor = torch.as_tensor(counts)
+        # By way of NumPy: torch's default dtype may be narrow, and its default device "meta".
+        tensor = counts if isinstance(counts, Tensor) else torch.as_tensor(np.array(counts), device="cpu")
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(
             f"{function}: expected class_counts as a tensor, array or sequence of numbers, got {type(counts).__name__}"
         ) from None
     if tensor.dim() != 1 or tensor.numel() == 0 or tensor.is_complex():
         raise ValueError(f"{function}: expected class_counts of shape (C,) with C >= 1, got {tuple(tensor.shape)}")
+    if tensor.is_meta:
+        raise ValueError(f"{function}: expected class_counts with values, got a tensor on the meta device")
     tensor = tensor.detach().to(torch.float64)
     bad = ~torch.isfinite(tensor) | (tensor < 0)
     if bool(bad.any()):

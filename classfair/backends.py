@@ -9,7 +9,7 @@
 
 ``backend=None`` takes the first of these that has the primitive on the tensor's device and can run there. On the CPU
 the order is that of measured speed; on GPUs nobody has measured it yet. A back-end given by name is used or refused
-with an error, never replaced.
+with an error, never replaced. What ``torch.export`` records is always ``reference``.
 """
 
 import importlib
@@ -26,6 +26,12 @@ PRIMITIVES = {
     "class_moments": "class_moments",
     "pair_terms": "pair_terms_fwd",
     "penalties": "dependence",
+}
+
+#: The operators of each back-end with kernels.
+_NAMESPACES = {
+    "native": torch.ops.classfair_native,
+    "triton": torch.ops.classfair_triton,
 }
 
 #: Why a module with kernels could not be imported, by module name.
@@ -87,23 +93,23 @@ def _has_kernel(backend: str, primitive: str, device_type: str) -> bool:
     if backend == "reference":
         return True
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
-    operator = f"classfair_{backend}::{PRIMITIVES[primitive]}"
-    if (backend, primitive) == ("triton", "penalties"):
+    operator = PRIMITIVES[primitive]
+    if key is None or not hasattr(_NAMESPACES[backend], operator):
         return False
-    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(operator, key)
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"classfair_{backend}::{operator}", key)
 
 
 def discover() -> None:
     """Ask the dispatcher which kernels are registered."""
     for primitive in PRIMITIVES:
-        for device_type in ("cpu", "cuda"):
+        for device_type in ("cpu", "cuda", "other"):
             serving = (b for b in BACKENDS if _has_kernel(b, primitive, device_type))
             _available[primitive, device_type] = tuple(serving)
 
 
 def available(primitive: str, device_type: str) -> tuple[str, ...]:
     """Back-ends with kernels for a primitive on a type of device, in their order."""
-    return _available.get((primitive, device_type), ("reference",))
+    return _available.get((primitive, device_type)) or _available[primitive, "other"]
 
 
 def _why_unusable(gpu: int) -> str:
@@ -136,6 +142,11 @@ def usable(primitive: str, device: torch.device) -> tuple[str, ...]:
 def choose(primitive: str, device: torch.device, backend: str | None) -> str:
     """The back-end to use; RuntimeError if the named one cannot run here."""
     serving = usable(primitive, device)
+    if torch.compiler.is_exporting():
+        # An exported program keeps operators and loses autograd Functions: plain torch keeps its gradient.
+        if backend not in (None, "reference"):
+            raise RuntimeError(f"{primitive}: expected backend None or 'reference' in an export, got {backend!r}")
+        return "reference"
     if backend is None:
         return serving[0]
     if backend in serving:
@@ -168,9 +179,3 @@ def why_missing(primitive: str, device: torch.device, backend: str) -> str:
 def namespace(backend: str) -> Any:
     """The operators of a back-end with kernels."""
     return _NAMESPACES[backend]
-
-
-_NAMESPACES = {
-    "native": torch.ops.classfair_native,
-    "triton": torch.ops.classfair_triton,
-}

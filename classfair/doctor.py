@@ -112,7 +112,7 @@ def _test_pair_terms(backend: str, device: str) -> None:
     _compare(compute, backend, device)
 
 
-def _test_fairness(backend: str, device: str) -> None:
+def _test_penalties(backend: str, device: str) -> None:
     g = torch.Generator().manual_seed(0)
     count = torch.randint(0, 5, (3, 17), generator=g)
     share = torch.rand(3, 17, generator=g)
@@ -134,7 +134,7 @@ _SELF_TESTS: dict[str, Callable[[str, str], None]] = {
     "label_index": _test_label_index,
     "class_moments": _test_class_moments,
     "pair_terms": _test_pair_terms,
-    "penalties": _test_fairness,
+    "penalties": _test_penalties,
 }
 
 

@@ -40,7 +40,9 @@ def _checked(
     check.check_choice(function, "empty", empty, EMPTY)
     if sync and not stats.synced and dist.is_available() and dist.is_initialized():
         stats = replace(stats, joint=stats.joint if joint else None, confusion=None).all_reduce(process_group)
-    return stats, backends.choose("penalties", stats.mass.device, backend)
+    # Away from the CPU a penalty has no kernel: it is plain torch beside whichever back-end computed the statistics.
+    primitive = "penalties" if stats.mass.device.type == "cpu" else "softmax_loss"
+    return stats, backends.choose(primitive, stats.mass.device, backend)
 
 
 def _where_empty(value: Tensor, missing: Tensor, empty: str) -> Tensor:

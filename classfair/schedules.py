@@ -21,6 +21,9 @@ class _Schedule:
         if not isinstance(criterion, CrossEntropyLoss):
             got = type(criterion).__name__
             raise TypeError(f"{type(self).__name__}: expected criterion as a loss of classfair, got {got}")
+        if criterion._place.is_meta:
+            name = type(self).__name__
+            raise ValueError(f"{name}: expected criterion with values, got one on the meta device; make {name} later")
         self.criterion = criterion
         self.last_epoch = 0
 

@@ -1,26 +1,20 @@
-"""What all losses share: cross-entropy with statistics, and losses that also look at features and weights."""
+"""What all losses share: cross-entropy with statistics, and when a loss perturbs."""
 
 import warnings
 from typing import Any, TypedDict
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from classfair import _validate as check
-from classfair import backends
-from classfair._state import KeepsPrecision
+from classfair._state import Restorable
 from classfair.functional import cross_entropy
 from classfair.functional_stats import cross_entropy_with_stats
-from classfair.ops import LabelIndex, label_index, pair_terms
-from classfair.pair import PairTerms
-from classfair.statistics import BatchStats, ClassStatistics
-from classfair.targets import MixedTarget, major_label, total_weight
+from classfair.losses._recomputation import recomputing
+from classfair.statistics import BatchStats
+from classfair.targets import MixedTarget, total_weight
 
 _PERTURBATIONS = ("reweight", "offset", "margin")
-
-#: A perturbation beyond this many logits decides the loss by itself; it is reported where state is read anyway.
-LARGE = 20.0
 
 
 class Keywords(TypedDict, total=False):
@@ -33,7 +27,7 @@ class Keywords(TypedDict, total=False):
     backend: str | None
 
 
-class CrossEntropyLoss(KeepsPrecision):
+class CrossEntropyLoss(Restorable):
     """:class:`torch.nn.CrossEntropyLoss` with per-class statistics from the same pass.
 
     In evaluation (``criterion.eval()``, or under ``no_grad`` or ``inference_mode``) the losses built on this class
@@ -48,7 +42,8 @@ class CrossEntropyLoss(KeepsPrecision):
     Shape: logits ``(N, C)`` or ``(N, C, d1, ...)``; target as in :func:`classfair.cross_entropy`.
     State: ``weight`` and ``reweight``, each ``(C,)`` or None. ``reweight`` are class weights for training, multiplied
     with ``weight``; :class:`ClassBalancedLoss` and :class:`DeferredReweighting` set them. Both load as they were saved,
-    None included. No parameters. ``half()`` and ``to(bfloat16)`` do not round the state.
+    None included. No parameters. ``half()`` and ``to(bfloat16)`` do not round the state. A loss can be made on the meta
+    device; after ``to_empty``, :meth:`reset_parameters` restores what the constructor made.
 
     Raises:
         TypeError, ValueError: a weight that is no floating vector; a reduction or label_smoothing out of range.
@@ -66,7 +61,6 @@ class CrossEntropyLoss(KeepsPrecision):
     reweight: Tensor | None
     offset: Tensor | None
     margin: Tensor | None
-    _place: Tensor
 
     def __init__(
         self,
@@ -83,11 +77,11 @@ class CrossEntropyLoss(KeepsPrecision):
         check.check_number(name, "label_smoothing", label_smoothing, 0.0, 1.0)
         if weight is not None:
             check.check_floats(name, "weight", weight, (weight.numel() if isinstance(weight, Tensor) else 0,))
+            # A weight made on the meta device has no values: they are NaN until a state is loaded.
+            self._keep("weight", torch.full(weight.shape, torch.nan, device="cpu") if weight.is_meta else weight)
         self.register_buffer("weight", weight)
         for vector in _PERTURBATIONS:
             self.register_buffer(vector, None)
-        # Knows the device of the module where nothing else is there to know it.
-        self.register_buffer("_place", torch.empty(0, dtype=torch.float32), persistent=False)
         self.gamma = 0.0
         self.ignore_index = ignore_index
         self.reduction = reduction
@@ -95,6 +89,8 @@ class CrossEntropyLoss(KeepsPrecision):
         self.backend = backend
         self.own: tuple[str, ...] = ()  # vectors that the loss makes itself, for `Warmup` to ramp
         self.ramped = False  # `Warmup` does
+        self._began_plain = False  # the last forward pass outside of a backward pass: in training, without gradients
+        self._warned = False
 
     def put(self, name: str, vector: Tensor | None) -> None:
         """Set ``reweight``, ``offset`` or ``margin`` to a copy; in place where there is one, so as not to recompile."""
@@ -112,8 +108,18 @@ class CrossEntropyLoss(KeepsPrecision):
             setattr(self, name, vector.detach().to(self._place.device, copy=True))
 
     def _make_own(self, name: str, vector: Tensor) -> None:
-        self.put(name, vector)
+        self.put(name, self._keep(name, vector))
         self.own += (name,)
+
+    def reset_parameters(self) -> None:
+        """Give the buffers the values that the constructor gave them, as after ``to_empty``.
+
+        Weights that a schedule has set are gone, and vectors that it ramps are whole, until its next step.
+        """
+        for name in ("weight", *_PERTURBATIONS):
+            if name not in self._constants:
+                setattr(self, name, None)
+        super().reset_parameters()
 
     def perturbation(self) -> dict[str, Any]:
         """Keyword arguments of :func:`classfair.cross_entropy` that apply in training only."""
@@ -127,6 +133,33 @@ class CrossEntropyLoss(KeepsPrecision):
         """Whether the loss perturbs, as in training; else it is plain cross-entropy."""
         return self.training and torch.is_grad_enabled()
 
+    def _perturbs(self) -> bool:
+        """Whether training and evaluation differ."""
+        return self.gamma > 0 or any(getattr(self, name) is not None for name in _PERTURBATIONS)
+
+    def _recomputes(self) -> bool:
+        """Whether this forward pass is a recomputation inside a backward pass.
+
+        The first pass of a reentrant checkpoint runs without gradients: it does not perturb, its recomputation does.
+        """
+        if torch.compiler.is_compiling():
+            return False
+        if not recomputing():
+            began_plain = self.training and not torch.is_grad_enabled()
+            if began_plain != self._began_plain:
+                self._began_plain = began_plain
+            return False
+        if self._began_plain and not self._warned and self.active and self._perturbs():
+            self._warned = True
+            warnings.warn(
+                f"classfair: {type(self).__name__} ran without gradients, as plain cross-entropy, and again with them"
+                " inside the backward pass, perturbed: the gradient is not that of the value; give"
+                " torch.utils.checkpoint use_reentrant=False",
+                UserWarning,
+                stacklevel=4,
+            )
+        return True
+
     def _arguments(self) -> dict[str, Any]:
         return {
             "weight": self.weight,
@@ -139,6 +172,7 @@ class CrossEntropyLoss(KeepsPrecision):
 
     def forward(self, logits: Tensor, target: Tensor | MixedTarget, *, sample_weight: Tensor | None = None) -> Tensor:
         """The loss; shapes as in :func:`classfair.cross_entropy`."""
+        self._recomputes()
         return cross_entropy(logits, target, sample_weight=sample_weight, **self._arguments())
 
     def with_stats(
@@ -156,6 +190,7 @@ class CrossEntropyLoss(KeepsPrecision):
         ``options``: its ``label``, ``confusion``, ``differentiable``, ``penalty``, ``penalty_weight`` and
         ``sample_weight``.
         """
+        self._recomputes()
         options |= {"group": group, "num_groups": num_groups, "joint": joint}
         return cross_entropy_with_stats(logits, target, **options, **self._arguments())
 
@@ -182,164 +217,3 @@ class CrossEntropyLoss(KeepsPrecision):
 
     def extra_repr(self) -> str:
         return f"ignore_index={self.ignore_index}, reduction={self.reduction!r}, label_smoothing={self.label_smoothing}"
-
-
-class FeatureLoss(CrossEntropyLoss):
-    """Base of the losses of ``(features, linear_weight, target)``: when they perturb, and when their state changes.
-
-    Subclasses say what is added to the logits of a label: :meth:`pair`.
-    """
-
-    statistics: ClassStatistics
-    updates: Tensor
-    largest: Tensor
-
-    def __init__(
-        self, num_classes: int, feature_dim: int, statistics: ClassStatistics | None, keywords: Keywords
-    ) -> None:
-        super().__init__(**keywords)
-        name = type(self).__name__
-        if statistics is None:
-            statistics = ClassStatistics(num_classes, feature_dim)
-        if not isinstance(statistics, ClassStatistics):
-            raise TypeError(f"{name}: expected statistics as ClassStatistics, got {type(statistics).__name__}")
-        if statistics.cov is None:
-            raise ValueError(f"{name}: expected statistics with a covariance, got covariance='none'")
-        if tuple(statistics.mean.shape) != (num_classes, feature_dim):
-            raise ValueError(
-                f"{name}: expected statistics of {num_classes} classes and {feature_dim} features,"
-                f" got {tuple(statistics.mean.shape)}"
-            )
-        self.statistics = statistics
-        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("largest", torch.zeros((), dtype=torch.float32), persistent=False)
-
-    def pair(self, linear_weight: Tensor, index: LabelIndex) -> PairTerms:
-        """What is added to the logits of each label of the index."""
-        raise NotImplementedError
-
-    def absorbed(
-        self, features: Tensor, linear_weight: Tensor, target: Tensor | MixedTarget, linear_bias: Tensor | None
-    ) -> Tensor | None:
-        """Perturbed logits without pair rows, where the raw ones are not wanted and there is a cheaper way."""
-        return None
-
-    def refresh(self) -> None:
-        """What follows from the class statistics, after each of their updates."""
-
-    def variance(self, linear_weight: Tensor, index: LabelIndex, *, normalize: bool = False) -> Tensor:
-        """Rows (M, C) of :func:`classfair.pair_variance` for the labels of the index."""
-        cov, acc = self.statistics.cov, check.acc_dtype(linear_weight)
-        assert cov is not None
-        matrices = cov.dim() == 3  # they are for plain torch
-        backend = "reference" if matrices else backends.choose("pair_terms", linear_weight.device, self.backend)
-        weight, cov = linear_weight.to(acc).contiguous(), cov.to(acc).contiguous()
-        rows = pair_terms(weight, cov, index.key_of_slot, index.num_slots, normalize=normalize, backend=backend)
-        assert rows.variance is not None
-        return rows.variance
-
-    @torch.no_grad()
-    def watch(self, perturbation: Tensor) -> None:
-        """Keep the largest of these perturbations, whatever their shape; a NaN counts as an infinite one."""
-        if perturbation.numel():
-            largest = perturbation.abs().amax().float().nan_to_num(nan=torch.inf, posinf=torch.inf)
-            torch.maximum(self.largest, largest, out=self.largest)
-
-    def forward(  # type: ignore[override]
-        self,
-        features: Tensor,
-        linear_weight: Tensor,
-        target: Tensor | MixedTarget,
-        *,
-        logits: Tensor | None = None,
-        linear_bias: Tensor | None = None,
-        sample_weight: Tensor | None = None,
-        update: bool = True,
-    ) -> Tensor:
-        """The loss; see the class for shapes. ``update=False`` leaves the state alone, as in virtual steps."""
-        raw = logits is not None
-        logits, arguments = self._prepare(features, linear_weight, target, logits, linear_bias, update, raw=raw)
-        return cross_entropy(logits, target, sample_weight=sample_weight, **arguments)
-
-    def with_stats(  # type: ignore[override]
-        self,
-        features: Tensor,
-        linear_weight: Tensor,
-        target: Tensor | MixedTarget,
-        *,
-        logits: Tensor | None = None,
-        linear_bias: Tensor | None = None,
-        update: bool = True,
-        **options: Any,
-    ) -> tuple[Tensor, BatchStats]:
-        """The loss and the :class:`BatchStats` of the unperturbed logits, from one pass over them.
-
-        ``options``: ``group``, ``num_groups``, ``joint``, ``label``, ``confusion``, ``differentiable``, ``penalty``,
-        ``penalty_weight`` and ``sample_weight`` of :func:`classfair.cross_entropy_with_stats`.
-        """
-        logits, arguments = self._prepare(features, linear_weight, target, logits, linear_bias, update, raw=True)
-        return cross_entropy_with_stats(logits, target, **options, **arguments)
-
-    def _prepare(
-        self,
-        features: Tensor,
-        linear_weight: Tensor,
-        target: Tensor | MixedTarget,
-        logits: Tensor | None,
-        linear_bias: Tensor | None,
-        update: bool,
-        *,
-        raw: bool,
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """Logits and the arguments of the loss on them; ``raw`` where they have to be the unperturbed ones."""
-        self._check(features, linear_weight, target)
-        arguments = self._arguments()
-        if self.active:
-            index = self._index(target)
-            if update:
-                self.statistics.update(features, major_label(target) if isinstance(target, MixedTarget) else index)
-                self.refresh()
-            perturbed = None if raw else self.absorbed(features, linear_weight, target, linear_bias)
-            if perturbed is None:
-                arguments["pair"] = pair = self.pair(linear_weight, index)
-                if update and len(pair.rows):  # of one label a step
-                    self.watch(pair.rows.detach().index_select(0, (self.updates % len(pair.rows)).view(1)))
-            if update:
-                self.updates += 1
-            if perturbed is not None:
-                return perturbed, arguments
-        if logits is None:
-            logits = F.linear(features, linear_weight, linear_bias)
-        return logits, arguments
-
-    def _index(self, target: Tensor | MixedTarget) -> LabelIndex:
-        """Of the labels of the batch; of those of a mixture, (2N,), first all y_a and then all y_b."""
-        labels = torch.cat([target.y_a, target.y_b]) if isinstance(target, MixedTarget) else target
-        classes = self.statistics.mean.shape[0]
-        return label_index(labels, classes, ignore_index=self.ignore_index, backend=self.backend)
-
-    def _check(self, features: Any, linear_weight: Any, target: Any) -> None:
-        name, (num_classes, dim) = type(self).__name__, self.statistics.mean.shape
-        rows = features.shape[0] if isinstance(features, Tensor) and features.dim() == 2 else -1
-        check.check_floats(name, "features", features, (max(rows, 0), dim))
-        check.check_floats(name, "linear_weight", linear_weight, (num_classes, dim))
-        if isinstance(target, Tensor) and target.is_floating_point():
-            raise TypeError(f"{name}: expected hard labels or MixedTarget, got probabilities")
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        if self.largest > LARGE:  # whoever saves state waits for the device anyway
-            warnings.warn(
-                f"classfair: {type(self).__name__} perturbed logits by up to {float(self.largest):.3g}; beyond"
-                f" {LARGE:g} the perturbation decides the loss alone: lower its strength",
-                UserWarning,
-                stacklevel=4,
-            )
-            self.largest.zero_()
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Up to version 2 of the state the number of updates was a Python number beside the tensors."""
-        old = state_dict.pop(prefix + "_extra_state", None)
-        if old is not None:
-            state_dict.setdefault(prefix + "updates", torch.tensor(old["updates"]))
-        super()._load_from_state_dict(state_dict, prefix, *rest)

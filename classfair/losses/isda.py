@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from classfair import _validate as check
-from classfair.losses.base import FeatureLoss, Keywords
+from classfair.losses.base import Keywords
+from classfair.losses.features import FeatureLoss
 from classfair.ops import LabelIndex
 from classfair.pair import PairTerms
 from classfair.statistics import ClassStatistics
@@ -71,7 +72,7 @@ class ISDALoss(FeatureLoss):
     ) -> None:
         super().__init__(num_classes, feature_dim, statistics, keywords)
         check.check_number("ISDALoss", "strength", strength, 0.0)
-        self.register_buffer("strength", torch.tensor(float(strength), dtype=torch.float32))
+        self._register_constant("strength", float(strength))
 
     def pair(self, linear_weight: Tensor, index: LabelIndex) -> PairTerms:
         rows = self.variance(linear_weight, index) * (0.5 * self.strength)

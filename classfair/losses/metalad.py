@@ -8,7 +8,8 @@ from torch import Tensor
 
 from classfair import _validate as check
 from classfair import backends
-from classfair.losses.base import FeatureLoss, Keywords
+from classfair.losses.base import Keywords
+from classfair.losses.features import FeatureLoss
 from classfair.ops import LabelIndex, log_distance_ratio, pair_terms
 from classfair.pair import BLOCK_NUMBERS, PairTerms
 from classfair.priors import logit_adjustment
@@ -101,12 +102,17 @@ class MetaLADLoss(FeatureLoss):
             )
         self.terms, self.paper_sign, self.distance_every = tuple(terms), paper_sign, int(distance_every)
         shape = {"scalar": (3,), "class": (3, num_classes), "pair": (3, num_classes, num_classes)}[per]
-        start = torch.tensor([float(value) for value in omega], dtype=torch.float32).view(3, *(1,) * (len(shape) - 1))
-        self.register_buffer("omega", start.expand(shape).clone())
-        self.register_buffer("log_prior", log_prior)
-        self.register_buffer("mean_distance", torch.zeros((), dtype=torch.float32))
+        start = torch.tensor([float(value) for value in omega], dtype=torch.float32, device="cpu")
+        self._register_constant("omega", start.view(3, *(1,) * (len(shape) - 1)), shape)
+        self._register_constant("log_prior", log_prior)
+        self._register_constant("mean_distance", 0.0)
         # Of each class the sum of its distances to the other classes seen, and their number, when last computed.
-        self.register_buffer("distances", torch.zeros(2, num_classes, dtype=torch.float32))
+        self._register_constant("distances", 0.0, (2, num_classes))
+        self._unmeasured = True
+
+    def reset_parameters(self) -> None:
+        """As that of the other losses; the distances are measured anew."""
+        super().reset_parameters()
         self._unmeasured = True
 
     def pair(self, linear_weight: Tensor, index: LabelIndex) -> PairTerms:
@@ -180,4 +186,4 @@ class MetaLADLoss(FeatureLoss):
             ones = torch.ones_like(self.distances[0])
             state_dict[prefix + "distances"] = torch.stack([ones * mean.to(ones), ones])
         super()._load_from_state_dict(state_dict, prefix, *rest)
-        self._unmeasured = not bool(self.distances.any())
+        self._unmeasured = self.distances.is_meta or not bool(self.distances.any())

@@ -28,7 +28,7 @@ def label_stats(
     counted, invalid = _counted(name, preds, target, group, num_classes, num_groups, ignore_index)
     offset = 0 if group is None else group.reshape(-1) * num_classes
     shape = (num_groups, num_classes)
-    zero = torch.zeros(shape, device=preds.device)
+    zero = torch.zeros(shape, dtype=torch.float32, device=preds.device)
     return BatchStats(
         mass=zero,
         hit=zero,

@@ -185,8 +185,12 @@ def pair_terms(
     Determinism: bitwise, any number of threads.
     """
     want_square = want_square or (normalize and cov is not None)
-    function = PairTermsFunction if torch.compiler.is_compiling() else PairTermsForwardMode
-    variance, square = function.apply(weight, cov, label, num_slots, normalize, want_square, backend)
+    arguments = (weight, cov, label, num_slots, normalize, want_square)
+    if torch.compiler.is_exporting():  # a Function would be recorded without its gradient
+        variance, square = reference.pair_terms(*arguments)
+    else:
+        function = PairTermsFunction if torch.compiler.is_compiling() else PairTermsForwardMode
+        variance, square = function.apply(*arguments, backend)
     return PairTermRows(None if cov is None else variance, square if want_square else None)
 
 

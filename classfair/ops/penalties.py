@@ -171,6 +171,7 @@ class PenaltyFunction(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
         ctx.operator, _, ctx.options = inputs[:3]
         ctx.save_for_backward(*inputs[3:], *output[1:])
+        ctx.save_for_forward(*inputs[3:], *output[1:])
         ctx.mark_non_differentiable(*output[1:])
 
     @staticmethod
@@ -184,11 +185,26 @@ class PenaltyFunction(torch.autograd.Function):
         return (*(None,) * 6, *(g * upstream for g in gradients))
 
 
-def _apply(*inputs: Any) -> Tensor:
-    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in inputs[6:])
+class PenaltyForwardMode(PenaltyFunction):
+    """With forward mode, which Dynamo refuses to trace."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
+        gradients = ctx.saved_tensors[3 + (len(ctx.saved_tensors) - 3) // 2 :]
+        terms = [(g * t).sum() for g, t in zip(gradients, tangents[6:], strict=True) if t is not None]
+        return (torch.stack(terms).sum(), *(None for _ in gradients))
+
+
+def _apply(operator: str, backend: str, options: tuple, *tables: Any) -> Tensor:
+    inputs, rows = (operator, backend, options, *tables), tables[3:]
+    if torch.compiler.is_exporting():  # a Function would be recorded without its gradient
+        constant = tables[:1] if operator == "iou_penalty" else tables[:3]
+        return _formula(operator, (*constant, *options), *rows)
+    if not torch.compiler.is_compiling():
+        return PenaltyForwardMode.apply(*inputs)[0]
     # Without a gradient Dynamo takes a forward of any number of inputs for one that takes ctx.
-    direct = torch.compiler.is_compiling() and not recorded
-    return (PenaltyFunction.forward(*inputs) if direct else PenaltyFunction.apply(*inputs))[0]
+    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in rows)
+    return (PenaltyFunction.apply(*inputs) if recorded else PenaltyFunction.forward(*inputs))[0]
 
 
 def _formula(operator: str, rest: tuple, *tables: Tensor) -> Tensor:

@@ -9,11 +9,16 @@ from classfair import backends, reference
 from classfair._schema import Scalars, SoftmaxLoss, Tensors
 from classfair.ops.label_index import Cells
 from classfair.ops.penalties import Penalty, Statistics
+from classfair.ops.softmax_loss_backward import (
+    NUM_DIFFERENTIABLE,
+    SoftmaxLossBackward,
+    SoftmaxLossBackwardForwardMode,
+    push_forward,
+)
 
 STATS_NONE, STATS_VALUES, STATS_DIFFERENTIABLE = 0, 1, 2
 NUM_TENSORS = len(Tensors._fields)
 NUM_SCHEMA = NUM_TENSORS + len(Scalars._fields)
-NUM_DIFFERENTIABLE = 4  # of the tensors: logits, offset, margin and pair
 
 
 class Options(NamedTuple):
@@ -111,7 +116,10 @@ class SoftmaxLossFunction(torch.autograd.Function):
                 places = (0, 1) if options.kind == "iou" else (2,) if options.of_cells else (0,)
                 for place, gradient in zip(places, given, strict=True):
                     gradients[place] = gradient
-        ctx.save_for_backward(*t, *_Saved(lse, lse_raw, total_weight, key, num_cells, *gradients))
+        saved = (*t, *_Saved(lse, lse_raw, total_weight, key, num_cells, *gradients))
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
+        ctx.num_outputs = len(output)
         ctx.mark_non_differentiable(*output[num_differentiable(t, ctx.scalars) :])
 
     @staticmethod
@@ -130,7 +138,8 @@ class SoftmaxLossFunction(torch.autograd.Function):
         arguments = (*upstream, *t, saved.lse, saved.lse_raw, *s, *ctx.needs_input_grad[1:4])
         # Without create_graph the nested Function would only cost time: 0.05 ms a call.
         if torch.is_grad_enabled():
-            result = SoftmaxLossBackward.apply(*arguments, options.backend)
+            function = SoftmaxLossBackward if torch.compiler.is_compiling() else SoftmaxLossBackwardForwardMode
+            result = function.apply(*arguments, options.backend)
         else:
             result = backends.namespace(options.backend).softmax_loss_bwd(*arguments)
         needs = ctx.needs_input_grad
@@ -172,7 +181,8 @@ def _differentiable_gradients(
     penalty = options.penalty
     assert penalty is not None
     none = Options(backend=options.backend)
-    out = SoftmaxLossFunction.apply(*t, *s, saved.key, saved.num_cells, *none)
+    function = SoftmaxLossFunction if torch.compiler.is_compiling() else SoftmaxLossForwardMode
+    out = function.apply(*t, *s, saved.key, saved.num_cells, *none)
     sums, counts = out[2 : 2 + num_sums(t)], out[num_differentiable(t, s) + 3]
     count = count_table(counts, sums[0].shape)
 
@@ -185,49 +195,26 @@ def _differentiable_gradients(
     return (*torch.func.vjp(value, *sums)[1](scale), None)[:3]
 
 
-class SoftmaxLossBackward(torch.autograd.Function):
-    """The fused backward; its own backward differentiates the reference formula, so every order is exact."""
-
-    generate_vmap_rule = True
-    _num_upstream = 5  # and one more, the scale, which is None here
+class SoftmaxLossForwardMode(SoftmaxLossFunction):
+    """With forward mode, which Dynamo refuses to trace."""
 
     @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        return backends.namespace(inputs[-1]).softmax_loss_bwd(*inputs[:-1])
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
+        """Tangents of the outputs that receive gradient, by the formula; exact, at twice the price of its gradient."""
+        t, saved = Tensors._make(ctx.saved_tensors[:NUM_TENSORS]), _Saved._make(ctx.saved_tensors[NUM_TENSORS:])
+        number = num_differentiable(t, ctx.scalars)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        first = SoftmaxLossBackward._num_upstream + 1
-        ctx.num_inputs, last = len(inputs), first + NUM_TENSORS
-        ctx.save_for_backward(*inputs[: first - 1], *inputs[first:last])
-        ctx.scalars, ctx.wants = Scalars._make(inputs[last + 2 : -4]), inputs[-4:-1]
-        ctx.set_materialize_grads(False)
+        def formula(*values: Tensor) -> tuple[Tensor, ...]:
+            own, options = Tensors._make((*values, *t[NUM_DIFFERENTIABLE:])), ctx.options
+            out = _reference(own, ctx.scalars, options.reduction, options.penalty, saved.key, saved.num_cells)
+            outputs = (out.loss, out.lse, out.mass, out.hit, out.joint)[:number]
+            return tuple(o for o in outputs if o is not None)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple:
-        first, count = SoftmaxLossBackward._num_upstream, NUM_DIFFERENTIABLE
-        tensors = ctx.saved_tensors
-        present = [i for i, t in enumerate(tensors[: first + count]) if t is not None]
-        wanted = [g is not None and w for g, w in zip(grads, (True, *ctx.wants), strict=True)]
-
-        def formula(*values: Tensor) -> tuple[Any, ...]:
-            full = list(tensors)
-            for i, value in zip(present, values, strict=True):
-                full[i] = value
-            upstream, t = tuple(full[:first]), Tensors._make(full[first:])
-            result = reference.softmax_loss_backward(upstream, t, ctx.scalars, ctx.wants)
-            return tuple(r for r, w in zip(result, wanted, strict=True) if w)
-
-        result: list[Any] = [None] * ctx.num_inputs
-        if any(wanted):
-            pullback = torch.func.vjp(formula, *(tensors[i] for i in present))[1]
-            pulled = pullback(tuple(g for g, w in zip(grads, wanted, strict=True) if w))
-            for i, value in zip(present, pulled, strict=True):
-                result[i if i < first else i + 1] = value
-        return tuple(result)
+        outputs = push_forward(formula, t[:NUM_DIFFERENTIABLE], tangents[:NUM_DIFFERENTIABLE])
+        return (*outputs, *(None,) * (ctx.num_outputs - number))
 
 
-class _EagerSoftmaxLoss(SoftmaxLossFunction):
+class _EagerSoftmaxLoss(SoftmaxLossForwardMode):
     """The same where no transform and no compiler looks on.
 
     torch binds the arguments of a ``forward`` that takes no ``ctx`` through ``inspect``, 50 to 120 microseconds a call,
@@ -243,7 +230,8 @@ class _EagerSoftmaxLoss(SoftmaxLossFunction):
         SoftmaxLossFunction.setup_context(ctx, tuple(inputs), output)
         t, s, _ = split(tuple(inputs))
         every += output
-        return output[: num_differentiable(t, s)]
+        ctx.num_outputs = num_differentiable(t, s)
+        return output[: ctx.num_outputs]
 
 
 def _apply(*inputs: Any) -> tuple[Tensor, ...]:
@@ -252,8 +240,10 @@ def _apply(*inputs: Any) -> tuple[Tensor, ...]:
             t is not None and t.requires_grad for t in inputs[:NUM_DIFFERENTIABLE]
         )
         # Without a gradient the Dynamo of torch 2.10 takes a forward of any number of inputs for one that takes ctx.
-        direct = torch.compiler.is_compiling() and not recorded
-        return SoftmaxLossFunction.forward(*inputs) if direct else SoftmaxLossFunction.apply(*inputs)
+        compiling = torch.compiler.is_compiling()
+        if compiling and not recorded:
+            return SoftmaxLossFunction.forward(*inputs)
+        return (SoftmaxLossFunction if compiling else SoftmaxLossForwardMode).apply(*inputs)
     every: list[Tensor] = []
     differentiable = _EagerSoftmaxLoss.apply(*inputs, every)
     return *differentiable, *every[len(differentiable) :]

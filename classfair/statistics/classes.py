@@ -292,6 +292,8 @@ class ClassStatistics(KeepsPrecision):
         for buffer in self.buffers():
             buffer.zero_()
 
+    reset_parameters = reset  # torch's name, for what was on the meta device
+
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any) -> None:
         version = local_metadata.get("version", self._version)
         if version > self._version:

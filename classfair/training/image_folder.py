@@ -97,24 +97,10 @@ def check_output(config: TrainConfig, output: Path) -> None:
 
 def load_image_folder(config: TrainConfig, folder: Path, seed: int) -> Data:
     """Training and validation images of a folder; ValueError about what is missing."""
-    train_dir, val_dir = image_folders(config, folder)
-    if not config.val_dir and not config.split and not (train_dir.is_dir() and val_dir.is_dir()):
-        raise ValueError(f"expected val_dir, split, or folders train and val in {folder}, got none of them")
-    scan = Scan((train_dir, val_dir))
-    names = _class_folders(scan, train_dir)
-    train = scan.samples(train_dir, names)
-    _check_complete(train, names, f"training images of every class in {train_dir}", scan)
-    if config.split:
-        train, val = _split(train, config.split, seed)
-    else:
-        if val_dir.resolve() == train_dir.resolve():
-            raise ValueError(f"expected validation images other than those of training, got {val_dir} for both")
-        if unknown := sorted(set(_class_folders(scan, val_dir)) - set(names)):
-            raise ValueError(f"expected classes of {train_dir} in {val_dir}, got {_some(unknown)} as well")
-        val = scan.samples(val_dir, names)
-    if not config.allow_missing:
-        hint = "; --allow-missing leaves such classes out of all means"
-        _check_complete(val, names, "validation images of every class", scan, hint)
+    folders = image_folders(config, folder)
+    _check_apart(config, folder, *folders)
+    scan = Scan(folders)
+    names, train, val = _samples(config, scan, *folders, seed)
     groups = None
     if config.groups:
         paths = [[path for path, _ in part] for part in (train, val)]
@@ -131,8 +117,40 @@ def load_image_folder(config: TrainConfig, folder: Path, seed: int) -> Data:
         num_val=len(val),
         class_names=names,
         groups=groups,
-        images=ImageList.of(train, val, (train_dir, val_dir), scan.left_out),
+        images=ImageList.of(train, val, folders, scan.left_out),
     )
+
+
+def _check_apart(config: TrainConfig, folder: Path, train_dir: Path, val_dir: Path) -> None:
+    """ValueError unless both folders are there, and neither within the other."""
+    if config.split:
+        return
+    if not config.val_dir and not (train_dir.is_dir() and val_dir.is_dir()):
+        raise ValueError(f"expected val_dir, split, or folders train and val in {folder}, got none of them")
+    if val_dir.resolve() == train_dir.resolve():
+        raise ValueError(f"expected validation images other than those of training, got {val_dir} for both")
+    for inner, outer in ((val_dir, train_dir), (train_dir, val_dir)):
+        if inner.resolve().is_relative_to(outer.resolve()):
+            raise ValueError(f"expected validation images apart from those of training, got {inner} in {outer}")
+
+
+def _samples(
+    config: TrainConfig, scan: Scan, train_dir: Path, val_dir: Path, seed: int
+) -> tuple[list[str], list[Sample], list[Sample]]:
+    """Names of the classes, training and validation images."""
+    names = _class_folders(scan, train_dir)
+    train = scan.samples(train_dir, names)
+    _check_complete(train, names, f"training images of every class in {train_dir}", scan)
+    if config.split:
+        train, val = _split(train, config.split, seed)
+    else:
+        if unknown := sorted(set(_class_folders(scan, val_dir)) - set(names)):
+            raise ValueError(f"expected classes of {train_dir} in {val_dir}, got {_some(unknown)} as well")
+        val = scan.samples(val_dir, names)
+    if not config.allow_missing:
+        hint = "; --allow-missing leaves such classes out of all means"
+        _check_complete(val, names, "validation images of every class", scan, hint)
+    return names, train, val
 
 
 def _class_folders(scan: Scan, folder: Path) -> list[str]:

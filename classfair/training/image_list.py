@@ -22,14 +22,12 @@ class ImageList:
     Attributes:
         paths: of both sides, from the folder that has both, or else behind the side's name; ``class/.../file`` within.
         digests: of the paths and labels of each side, by its name.
-        counts: images of each side.
         left_out: reason -> number of entries and some of them.
         line: what was left out as half a sentence, or nothing.
     """
 
     paths: frozenset[str]
     digests: dict[str, str]
-    counts: dict[str, int]
     left_out: dict[str, Any]
     line: str
 
@@ -48,7 +46,6 @@ class ImageList:
         return cls(
             frozenset(sides[0]) | frozenset(sides[1]),
             {name: _digest(side.items()) for name, side in zip(SIDES, sides, strict=True)},
-            {name: len(side) for name, side in zip(SIDES, sides, strict=True)},
             {
                 reason: {"count": len(paths), "examples": [os.path.relpath(p, root) for p in paths[:EXAMPLES]]}
                 for reason, paths in left_out.items()

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 import classfair
+from classfair._names import cell
 from classfair.training.config import TrainConfig
 from classfair.training.run_folder import RunFolder
 from classfair.training.totals import COLUMNS, RunResult, group_columns, summarise
@@ -99,7 +100,7 @@ def per_class_csv(results: list[RunResult]) -> str:
         counts = zip(result.train_count, val.count, val.correct, val.predicted, strict=True)
         shares = zip(val.accuracy.tolist(), val.effective_frequency.tolist(), strict=True)
         for label, (row, share) in enumerate(zip(counts, shares, strict=True)):
-            table.writerow([result.loss, result.seed, label, result.class_names[label], *row, *share])
+            table.writerow([result.loss, result.seed, label, cell(result.class_names[label]), *row, *share])
     return text.getvalue()
 
 

@@ -6,24 +6,23 @@ import contextlib
 import csv
 import gzip
 import io
-import itertools
 import json
 import math
-import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 import torch
 
 from classfair._names import cell, printable, say
 from classfair.training.image_list import ImageList
-from classfair.training.ownership import LOCK, Lock, remove_unfinished, unfinished_name
+from classfair.training.ownership import LOCK, Lock, remove_unfinished
 from classfair.training.totals import CLASS_COLUMNS, Epoch
+from classfair.training.whole_files import append_whole, write_whole
 
 CHECKPOINT_VERSION = 4
 IMAGES_VERSION = 1
@@ -73,18 +72,18 @@ class RunFolder:
     def _make(self, path: Path, *, unique: bool) -> Path:
         self._created += [p for p in path.parents if not p.exists()]  # deepest first
         path.parent.mkdir(parents=True, exist_ok=True)
-        for number in itertools.count(2):
+        wanted, number = path, 1
+        while True:
             try:
                 path.mkdir()
+                self._created.insert(0, path)
+                return path
             except FileExistsError:
                 if not unique:
                     path.mkdir(exist_ok=True)  # an error for a file
                     return path
-                path = path.with_name(f"{path.name if number == 2 else path.name.rpartition('-')[0]}-{number}")
-            else:
-                self._created.insert(0, path)
-                return path
-        raise AssertionError
+            number += 1
+            path = wanted.with_name(f"{wanted.name}-{number}")
 
     def __enter__(self) -> RunFolder:
         return self
@@ -117,25 +116,9 @@ class RunFolder:
             except OSError:  # never made, or something else lives in it by now
                 continue
 
-    def write(self, name: str, content: bytes | Callable[[BinaryIO], object]) -> Path:
-        """Write to a temporary neighbour, force it to disk, then rename: never half a file."""
-        target = self._place(name)
-        temporary = target.with_name(unfinished_name(target.name))
-        try:
-            with _named(target), temporary.open("xb") as file:
-                if callable(content):
-                    _call(content, file)
-                else:
-                    file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(target)
-        except BaseException:  # an interrupt too
-            temporary.unlink(missing_ok=True)
-            raise
-        with _named(target):
-            _sync_folder(target.parent)
-        return target
+    def write(self, name: str, content: bytes | Callable[[BinaryIO], object]) -> None:
+        """Write a file of that name, never half of it."""
+        write_whole(self._place(name), content)
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         text = json.dumps(json_ready(content), indent=2, allow_nan=False)
@@ -212,15 +195,7 @@ class RunFolder:
         if not log.exists():
             text.write(header)
         csv.writer(text, lineterminator="\n").writerows(rows)
-        with _named(log), log.open("ab", buffering=0) as file:
-            size, rest = file.seek(0, os.SEEK_END), memoryview(text.getvalue().encode())
-            try:
-                while rest:
-                    rest = rest[file.write(rest) :]
-                os.fsync(file.fileno())
-            except BaseException:
-                file.truncate(size)
-                raise
+        append_whole(log, text.getvalue())
 
     def _log_scalars(self, name: str, now: Epoch) -> None:
         if self._board is not None:
@@ -259,51 +234,11 @@ def checkpoint_files(path: Path, name: str) -> tuple[Path, Path]:
     return folder / f"{name}.pt", folder / f"{name}.previous.pt"
 
 
-@contextlib.contextmanager
-def _named(target: Path) -> Iterator[None]:
-    """OSError with the name of the file."""
-    try:
-        yield
-    except OSError as error:
-        raise type(error)(f"expected to write {target}, got {error.strerror or error}") from None
-
-
-def _call(write: Callable[[BinaryIO], object], file: BinaryIO) -> None:
-    """torch.save turns the errors of a file into a RuntimeError about positions."""
-    errors: list[OSError] = []
-
-    class Noting:
-        def write(self, data: Any) -> int:
-            try:
-                return file.write(data)
-            except OSError as error:
-                errors.append(error)
-                raise
-
-        flush = file.flush
-
-    try:
-        write(cast(BinaryIO, Noting()))
-    except RuntimeError:
-        if errors:
-            raise errors[0] from None
-        raise
-
-
 def _csv_text(text: str) -> str:
     """As a cell of a row that is written."""
     row = io.StringIO()
     csv.writer(row, lineterminator="").writerow([cell(text)])
     return row.getvalue()
-
-
-def _sync_folder(path: Path) -> None:
-    """A rename is on disk only when its folder is."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def json_ready(value: Any) -> Any:

@@ -87,7 +87,7 @@ class Scan:
             return False
         identity = status.st_dev, status.st_ino
         if identity in self._seen or (folder.is_symlink() and self._is_visited_as_itself(os.path.realpath(folder))):
-            self._leave_out("links to folders that are visited once already", folder.path)
+            self._leave_out("folders visited once already", folder.path)
             return False
         self._seen.add(identity)
         return True

@@ -11,6 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from classfair._names import markup, printable
 from classfair.training import totals
 from classfair.training.config import TrainConfig
 from classfair.training.group_measures import NEED_JOINT
@@ -69,14 +70,14 @@ def print_results(results: list[RunResult], config: TrainConfig, path: Path, *, 
     console.print(table)
     if results[0].groups:
         console.print(_group_table(results, summary, config, f"{part} images by group in %, {spread}"))
-    console.print(f"Run folder: {path}", soft_wrap=True, highlight=False, markup=False)
+    console.print(f"Run folder: {printable(path)}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _group_table(results: list[RunResult], summary: dict[str, Any], config: TrainConfig, title: str) -> Table:
     trained = "" if config.fairness == "none" else f" {config.fairness}: the penalty on all of these images, not in %."
     table = Table(
         title=title,
-        caption=f"Groups: {', '.join(results[0].groups)}. Differences are the largest between two groups: DP in how "
+        caption=f"Groups: {', '.join(map(markup, results[0].groups))}. Differences are the largest between two groups: DP in how "
         f"often a class is predicted, EO in its true or false positives.{trained}",
         box=SIMPLE_HEAD,
     )

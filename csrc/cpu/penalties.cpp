@@ -1,5 +1,5 @@
 // The group penalties: value and gradient of a few rows of sums of probabilities. Vectors of 16 bytes, which every
-// processor has: at (8, 1000) those of AVX-512 save 6 to 9 microseconds of 15 to 20, which is not worth a copy of this
+// processor has: at (8, 1000) those of AVX-512 save 3 to 12 microseconds of 12 to 21, which is not worth a copy of this
 // code for each instruction set.
 #include <algorithm>
 #include <cmath>

@@ -20,7 +20,7 @@ from classfair import (
     iou_loss,
 )
 
-BACKENDS = backends.available("fairness", "cpu")
+BACKENDS = backends.available("penalties", "cpu")
 
 
 def batch(rows=60, classes=4, groups=3, seed=0, dtype=torch.float64):

@@ -53,8 +53,8 @@ def _compile(source: Path, headers: bytes) -> Path:
 def build(name: str, sources: list[Path], *libraries: Path) -> Path:
     """A shared library of these sources; compiled again where one of them or a header has changed."""
     BUILT.mkdir(parents=True, exist_ok=True)
-    patterns = (ROOT / "csrc").rglob("*.[hc]*"), HERE.rglob("*.[hc]*")
-    headers = b"".join(p.read_bytes() for ps in patterns for p in sorted(ps) if p.suffix in (".h", ".cuh"))
+    folders = (ROOT / "csrc", ROOT / "csrc/cuda", HERE, HERE / "include", HERE / "include/cuda")
+    headers = b"".join(p.read_bytes() for folder in folders for p in sorted(folder.glob("*.*h")))
     headers += torch.__version__.encode()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = [str(o) for o in pool.map(lambda source: _compile(source, headers), sources)]
@@ -74,7 +74,13 @@ def _machine() -> ctypes.CDLL:
     """Makes torch's CPU memory known from here on."""
     library = ctypes.CDLL(str(build("emulator", sorted(HERE.glob("*.cpp")))), mode=ctypes.RTLD_GLOBAL)
     library.emulator_stop.restype = ctypes.c_char_p
+    library.emulator_seed(int(os.environ.get("CUDA_EMULATOR_SEED", "0")))
     return library
+
+
+def seed(number: int) -> None:
+    """Choose another order of blocks and threads."""
+    _machine().emulator_seed(number)
 
 
 def load(*kernels: Path) -> None:

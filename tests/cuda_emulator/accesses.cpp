@@ -114,11 +114,12 @@ void access(uintptr_t address, int bytes, bool write, bool atomic, const void* c
   }
 }
 
-void hook(const void* address, std::size_t bytes, bool write, const void* code) {
+void hook(const void* address, std::size_t bytes, bool write, bool aligned, const void* code) {
   Machine& m = machine();
   if (!m.in_kernel) return;
   m.in_kernel = false;
   const auto at = reinterpret_cast<uintptr_t>(address);
+  if (aligned && at % bytes != 0) fail("misaligned address: " + std::to_string(bytes) + " bytes at once");
   for (std::size_t k = 0; k < bytes; k += 16)
     access(at + k, static_cast<int>(std::min<std::size_t>(16, bytes - k)), write, false, code);
   m.in_kernel = true;
@@ -162,20 +163,24 @@ void add_requests() {
 }  // namespace emulator
 
 // What g++ -fsanitize=thread calls before each access of instrumented code.
-#define HOOK(name, bytes, write) \
-  extern "C" void __tsan_##name(void* p) { emulator::hook(p, bytes, write, __builtin_return_address(0)); }
-#define HOOKS(bytes)                        \
-  HOOK(read##bytes, bytes, false)           \
-  HOOK(write##bytes, bytes, true)           \
-  HOOK(unaligned_read##bytes, bytes, false) \
-  HOOK(unaligned_write##bytes, bytes, true)
+#define HOOK(name, bytes, write, aligned) \
+  extern "C" void __tsan_##name(void* p) { emulator::hook(p, bytes, write, aligned, __builtin_return_address(0)); }
+#define HOOKS(bytes)                               \
+  HOOK(read##bytes, bytes, false, true)            \
+  HOOK(write##bytes, bytes, true, true)            \
+  HOOK(unaligned_read##bytes, bytes, false, false) \
+  HOOK(unaligned_write##bytes, bytes, true, false)
 HOOKS(1)
 HOOKS(2)
 HOOKS(4)
 HOOKS(8)
 HOOKS(16)
-extern "C" void __tsan_read_range(void* p, std::size_t n) { emulator::hook(p, n, false, __builtin_return_address(0)); }
-extern "C" void __tsan_write_range(void* p, std::size_t n) { emulator::hook(p, n, true, __builtin_return_address(0)); }
+extern "C" void __tsan_read_range(void* p, std::size_t n) {
+  emulator::hook(p, n, false, false, __builtin_return_address(0));
+}
+extern "C" void __tsan_write_range(void* p, std::size_t n) {
+  emulator::hook(p, n, true, false, __builtin_return_address(0));
+}
 extern "C" void __tsan_vptr_update(void**, void*) {}
 extern "C" void __tsan_init() {}
 // Reference counts of the code around the kernels.

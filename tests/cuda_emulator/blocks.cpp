@@ -176,8 +176,6 @@ void start() {
       mmap(nullptr, kMaxThreads * kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   m.stacks.begin = reinterpret_cast<uintptr_t>(stacks);
   m.stacks.end = m.stacks.begin + kMaxThreads * kStack;
-  const char* const seed = std::getenv("CUDA_EMULATOR_SEED");
-  m.random.seed(seed ? std::atoi(seed) : 0);
 }
 
 }  // namespace
@@ -233,3 +231,6 @@ void memset(void* address, int64_t bytes) {
 }
 
 }  // namespace emulator
+
+// For Python: another order of blocks and threads.
+extern "C" void emulator_seed(int seed) { emulator::machine().random.seed(seed); }

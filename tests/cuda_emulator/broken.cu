@@ -68,6 +68,11 @@ __global__ void read_out_of_bounds(Arguments a) { a.out[place()] = a.x[place() +
 
 __global__ void write_out_of_bounds(Arguments a) { a.out[place() - (a.broken ? 1 : 0)] = a.x[place()]; }
 
+__global__ void misaligned(Arguments a) {
+  const auto* two = reinterpret_cast<const int64_t*>(a.x + (a.broken ? 1 : 0));
+  if (threadIdx.x == 0) a.out[blockIdx.x] = static_cast<float>(*two);
+}
+
 __global__ void race_of_threads(Arguments a) {
   if (a.broken || threadIdx.x == 0) a.out[blockIdx.x] = a.x[place()];
 }
@@ -98,9 +103,9 @@ __global__ void last_block_without_fence(Arguments a) { last_block(a, !a.broken,
 __global__ void last_block_without_atomic(Arguments a) { last_block(a, true, !a.broken); }
 
 constexpr void (*kKernels[])(Arguments) = {
-    missing_barrier,       missing_second_barrier,   missing_warp_barrier,     divergent_barrier,   missing_lane,
-    lane_outside_its_mask, unwritten_shared,         read_out_of_bounds,       write_out_of_bounds, race_of_threads,
-    race_of_blocks,        last_block_without_fence, last_block_without_atomic};
+    missing_barrier,       missing_second_barrier, missing_warp_barrier,     divergent_barrier,        missing_lane,
+    lane_outside_its_mask, unwritten_shared,       read_out_of_bounds,       write_out_of_bounds,      misaligned,
+    race_of_threads,       race_of_blocks,         last_block_without_fence, last_block_without_atomic};
 
 Tensor run(Tensor x, int64_t kernel, bool broken) {
   const Device device(x);

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 import classfair
@@ -97,14 +98,55 @@ def test_one_compilation_serves_batches_of_many_sizes():
     assert counter.frame_count == 1
 
 
-def test_export():
+class _Trained(torch.nn.Module):
+    """A head with its loss, as one would export it to train elsewhere."""
+
+    def __init__(self, criterion):
+        super().__init__()
+        self.head, self.criterion = torch.nn.Linear(5, 4), criterion
+
+    def forward(self, features, target):
+        if isinstance(self.criterion, classfair.losses.FeatureLoss):
+            weight, bias = self.head.weight, self.head.bias
+            return self.criterion(features, weight, target, linear_bias=bias, update=False)
+        options = {"group": target % 2, "num_groups": 2, "penalty": classfair.iou_loss}
+        loss, stats = self.criterion.with_stats(self.head(features), target, **options)
+        return loss + classfair.demographic_parity_loss(stats)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: classfair.LogitAdjustedLoss([4, 3, 2, 1]),
+        lambda: classfair.ISDALoss(4, 5),
+        lambda: classfair.MetaLADLoss([4, 3, 2, 1], 5),
+    ],
+    ids=["logit-adjusted", "isda", "metalad"],
+)
+def test_an_exported_loss_trains_as_the_loss_does(make, strict):
+    torch.manual_seed(0)
+    trained = _Trained(make())
+    features, target = torch.randn(12, 5), torch.arange(12) % 4
+    if isinstance(trained.criterion, classfair.losses.FeatureLoss):
+        trained.criterion.statistics.update(features, target)
+        trained.criterion.refresh()
+    exported = torch.export.export(trained, (features, target), strict=strict).module()
+    losses = [module(features, target) for module in (exported, trained)]
+    torch.testing.assert_close(*losses)
+    gradients = [
+        torch.autograd.grad(loss, [*m.parameters()]) for loss, m in zip(losses, (exported, trained), strict=True)
+    ]
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_named_back_end_is_refused_in_an_export():
     class Head(torch.nn.Module):
         def forward(self, logits, target):
-            return classfair.cross_entropy(logits, target)
+            return classfair.cross_entropy(logits, target, backend="native")
 
-    logits, target = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
-    program = torch.export.export(Head(), (logits, target))
-    torch.testing.assert_close(program.module()(logits, target), Head()(logits, target))
+    with pytest.raises(RuntimeError, match="expected backend None or 'reference' in an export, got 'native'"):
+        torch.export.export(Head(), (torch.randn(4, 3), torch.tensor([0, 1, 2, 0])), strict=False)
 
 
 @pytest.mark.parametrize("backend", CPU)
@@ -138,12 +180,61 @@ class TestFunctionTransforms:
         torch.testing.assert_close(torch.func.vmap(torch.func.grad(loss))(offsets), expected)
 
 
-def test_forward_mode_raises_instead_of_dropping_the_tangent():
-    target = torch.tensor([0])
-    with pytest.raises(RuntimeError, match=r"jvp|forward"):
-        torch.func.jvp(
-            lambda z: classfair.cross_entropy(z, target, backend="native"), (torch.randn(1, 3),), (torch.ones(1, 3),)
-        )
+def _plain(logits, offset):
+    return classfair.cross_entropy(logits, TARGET, offset=offset, label_smoothing=0.1)
+
+
+def _with_penalty_along(logits, offset):
+    loss, stats = classfair.cross_entropy_with_stats(
+        logits, TARGET, offset=offset, group=TARGET % 2, num_groups=2, joint=True, penalty=classfair.equalized_odds_loss
+    )
+    return loss + stats.mass.square().sum() + stats.joint.rows.square().sum()
+
+
+def _with_penalties_added(logits, offset):
+    options = {"group": TARGET % 2, "num_groups": 2, "joint": True}
+    loss, stats = classfair.cross_entropy_with_stats(logits, TARGET, offset=offset, **options)
+    information = classfair.demographic_parity_loss(stats, kind="mi")
+    return loss + classfair.iou_loss(stats) + classfair.equalized_odds_loss(stats) + information
+
+
+TARGET = torch.arange(6) % 4
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, of linearize
+@pytest.mark.parametrize("function", [_plain, _with_penalty_along, _with_penalties_added])
+def test_forward_mode_and_what_is_built_on_it(function):
+    """Against reverse mode of the same function, whose derivatives the conformance suite checks."""
+    g = torch.Generator().manual_seed(0)
+    values = [torch.randn(6, 4, dtype=torch.float64, generator=g), torch.randn(4, dtype=torch.float64, generator=g)]
+    tangents = [torch.randn(v.shape, dtype=torch.float64, generator=g) for v in values]
+    gradients = torch.func.grad(function, argnums=(0, 1))(*values)
+    expected = sum((a * b).sum() for a, b in zip(gradients, tangents, strict=True))
+    found = torch.func.jvp(function, tuple(values), tuple(tangents))[1]
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.func.linearize(function, *values)[1](*tangents), expected)
+    with forward_ad.dual_level():
+        dual = [forward_ad.make_dual(v, t) for v, t in zip(values, tangents, strict=True)]
+        torch.testing.assert_close(forward_ad.unpack_dual(function(*dual)).tangent, expected)
+    torch.testing.assert_close(torch.func.jacfwd(function)(*values), gradients[0])
+    twice = torch.func.jacrev(torch.func.jacrev(function))(*values)
+    torch.testing.assert_close(torch.func.hessian(function)(*values), twice)
+    leaves = [v.clone().requires_grad_() for v in values]
+    assert torch.autograd.gradcheck(function, leaves, check_forward_ad=True)
+
+
+def test_a_gradient_norm_of_a_gradient_norm():
+    def norm_of(function):
+        return lambda z, offset: torch.func.grad(function)(z, offset).square().sum()
+
+    g = torch.Generator().manual_seed(0)
+    values = [torch.randn(6, 4, dtype=torch.float64, generator=g), torch.randn(4, dtype=torch.float64, generator=g)]
+
+    def torchs(logits, offset):
+        return torch.nn.functional.cross_entropy(logits + offset, TARGET, label_smoothing=0.1)
+
+    found, expected = (torch.func.grad(norm_of(norm_of(f)))(*values) for f in (_plain, torchs))
+    torch.testing.assert_close(found, expected)
 
 
 def test_autocast_gives_a_float32_loss():

@@ -1,5 +1,6 @@
 """The ``classfair`` command from end to end."""
 
+import ast
 import csv
 import errno
 import json
@@ -9,11 +10,12 @@ import sys
 import types
 from dataclasses import fields
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
 
-from classfair import __version__
+from classfair import __version__, training
 from classfair.cli import _first_section, main
 from classfair.training import TrainConfig, engine
 
@@ -335,6 +337,21 @@ def test_what_takes_seconds_to_import_waits_until_it_is_used(statement, heavy):
     loaded = process.stdout.splitlines()[-1].split()
     assert any(name.startswith("classfair") for name in loaded)
     assert not [name for name in loaded if name in heavy or name.partition(".")[0] in heavy]
+
+
+def test_no_module_of_training_imports_itself_through_others():
+    imports = {}
+    for file in Path(training.__file__).parent.glob("*.py"):
+        nodes = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)]
+        imports[file.stem] = {n.module.removeprefix("classfair.training.") for n in nodes if n.module} - {file.stem}
+
+    def circles(module, path):
+        if module in path:
+            return [[*path[path.index(module) :], module]]
+        return [circle for other in imports.get(module, ()) for circle in circles(other, [*path, module])]
+
+    assert imports["engine"]
+    assert not [circle for module in imports for circle in circles(module, [])]
 
 
 def test_a_package_that_is_there_and_cannot_be_imported_is_missing(tmp_path, capsys, monkeypatch):

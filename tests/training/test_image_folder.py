@@ -283,6 +283,13 @@ def test_what_the_scan_leaves_out_is_said_once_and_recorded(copy, tmp_path, caps
     assert len(record["folders"]["training/zero"]) == COUNTS["zero"]
 
 
+@pytest.mark.parametrize(("data", "val"), [(".", "val"), ("train", ".")])
+def test_validation_images_within_those_of_training_are_refused(data, val, copy, tmp_path, capsys):
+    """They would be a class."""
+    assert train(copy / data, tmp_path / "run", "--val-dir", copy / val) == 2
+    assert "expected validation images apart from those of training, got " in one_line(capsys)
+
+
 def test_nothing_but_corrupt_images_is_an_error(copy, tmp_path, capfd):
     for path in (copy / "val").rglob("*.png"):
         path.write_text("no image")

@@ -68,8 +68,7 @@ def test_errors_that_name_a_file_forge_no_line(tmp_path, capsys):
     assert error.splitlines() == [error.rstrip("\n")]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+@pytest.mark.parametrize("encoding", ["ascii", pytest.param("latin-1", marks=pytest.mark.slow)])
 def test_terminals_of_other_encodings(encoding, tmp_path):
     """Neither the names nor our own tables may end a job after its training."""
     environment = {**os.environ, "PYTHONIOENCODING": encoding, "LC_ALL": "C", "PYTHONUTF8": "0", "OMP_NUM_THREADS": "1"}
