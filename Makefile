@@ -10,13 +10,13 @@ SANITIZED := plain-3x31 or plain-3x1025 or all-many-rows or mixed-all or dense-a
   or skewed or nonfinite or 3x33 or cells-zeros or 17x17x16
 CPP := $(shell find csrc tests/cuda_emulator -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh")
 SOURCES := $(filter csrc/%,$(CPP)) setup.py pyproject.toml
-# Triton's kernels run on the CPU through its interpreter, which warns of every infinity it meets, and takes seconds for a
-# wide case. These meet every kernel and nearly every combination of inputs.
-INTERPRETED := plain-3x31 or mixed-stats or fwd-all-triton or dense-all or share-all or strided-3d-dense or fwd-nan- or 9x1-3 \
-  or 40x7-5- or 33x33-1- or 3x7x2 or 17x17x16 or label_index
-INTERPRET = TRITON_INTERPRET=1 $(PYTEST) tests/primitives -W ignore::RuntimeWarning
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 HAS_TRITON = $(BIN)/python -c "import triton" 2>/dev/null
+# Triton's kernels run on the CPU through its interpreter, which warns of every infinity it meets and takes up to 13 seconds
+# for a case. The chosen ones meet every kernel and nearly every combination of inputs.
+INTERPRET = TRITON_INTERPRET=1 $(PYTEST) -q -W ignore::RuntimeWarning
+INTERPRETED := plain-3x31 or mixed-stats or fwd-all-triton or dense-all or share-all or strided-3d-dense or fwd-nan- or 9x1-3 \
+  or 40x7-5- or 33x33-1- or 3x7x2 or 17x17x16 or label_index
 
 .PHONY: help train test test-all test-cuda-emulated test-gpu lint format bench bench-features bench-fairness bench-check bench-gpu sanitize cuda-check doctor clean
 
@@ -35,14 +35,17 @@ $(VENV)/.installed: $(BIN)/python $(SOURCES)
 train: $(VENV)/.installed  ## train on long-tailed digits with two losses and compare them
 	$(BIN)/classfair train $(ARGS)
 
-# In two sessions, of which the longer is the last: its summary is what CI reads.
+# The last session is the longest: its summary is what CI reads.
 test: $(VENV)/.installed  ## run the tests, in at most 4 minutes on 2 cores
-	if $(HAS_TRITON); then $(INTERPRET) -q -k "triton and values_and and (float32 or int64) and ($(INTERPRETED))"; fi
+	if $(HAS_TRITON); then $(INTERPRET) tests/primitives/test_conformance.py \
+	  -k "triton and values_and and (float32 or bfloat16 or int64) and ($(INTERPRETED))"; fi
 	$(PYTEST) -m "not slow" $(ARGS)
 
+# A thousand compilations by Triton and as many cases in its interpreter, on all cores; then what starts processes itself.
 test-all: $(VENV)/.installed  ## run what `make test` leaves out: more cases, dtypes, processes, compilers, builds
-	if $(HAS_TRITON); then $(INTERPRET) -q -k triton; fi
-	$(PYTEST) -m slow $(ARGS)
+	if $(HAS_TRITON); then $(INTERPRET) -n auto tests/primitives -k triton; fi
+	$(PYTEST) -n auto -q -m slow tests/primitives
+	$(PYTEST) -m slow --ignore=tests/primitives $(ARGS)
 
 # The .cu files, compiled by g++, serve as back-end `native` of the CPU; see tests/cuda_emulator/README.md.
 test-cuda-emulated: $(VENV)/.installed  ## run the CUDA kernels on the CPU: conformance, bounds, barriers, races

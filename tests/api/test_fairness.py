@@ -369,6 +369,7 @@ def test_a_graph_that_is_kept_gives_the_same_gradient_again(name, backend):
     torch.testing.assert_close(batched, torch.stack([once, 2 * once]))
 
 
+@pytest.mark.slow
 def test_contested_cells_keep_their_capacity_where_nobody_may_look():
     logits, target, group = batch(20, 9, 2)
 
@@ -423,15 +424,8 @@ def _rank(rank, splits, path, results):
     dist.destroy_process_group()
 
 
-#: An empty process, one process, and two, of which `make test` is content with the last.
-SPLITS = [
-    pytest.param([(0, 40), (40, 40), (40, 60)], marks=pytest.mark.slow),
-    pytest.param([(0, 60)], marks=pytest.mark.slow),
-    [(0, 17), (17, 60)],
-]
-
-
-@pytest.mark.parametrize("splits", SPLITS, ids=len)
+@pytest.mark.slow
+@pytest.mark.parametrize("splits", [[(0, 60)], [(0, 17), (17, 60)], [(0, 40), (40, 40), (40, 60)]], ids=len)
 def test_processes_equal_one(splits, tmp_path):
     """Unequal and empty batches; DDP averages what each process computes of the whole."""
     logits, target, group = batch()

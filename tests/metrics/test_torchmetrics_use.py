@@ -375,6 +375,7 @@ for name in sorted(metrics._MODULE):
     assert lines[0] == f"classfair.metrics.BalancedAccuracy: {remedy}"
 
 
+@pytest.mark.slow
 def test_metrics_come_with_the_package_when_they_are_asked_for():
     code = """
 import sys, classfair

@@ -63,6 +63,7 @@ def fares():
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PENALTIES)
 def test_a_penalty_lowers_its_own_measure(name, fares):
     """To less than a fifth, on images it was not trained on; accuracy stays far from chance.

@@ -99,18 +99,23 @@ def test_statistics_of_every_epoch_come_from_the_training_pass(folder, tmp_path)
         assert sum(int(r["val_predicted"]) for r in mine) == 80
 
 
+OPTIONS = (
+    ("--mixup", 0.2, "--cutmix", 1.0, "--auto-augment", "ta_wide", "--random-erase", 0.5),
+    ("--loss", "ldam", "--drw-start", 1, "--lr-scheduler", "step", "--lr-warmup-epochs", 1),
+    ("--loss", "cb", "--sampler", "class-balanced", "--opt", "adamw", "--lr", 1e-3, "--loss-warmup", 1),
+    ("--auto-augment", "ra", "--amp", "--amp-dtype", "float16", "--lr-scheduler", "constant"),
+    ("--model", "resnet18", "--loss", "ldam", "--max-margin", 0.3),
+    ("--loss", "isda", "--strength", 1, "--grad-accum", 2, "--model", "resnet18"),
+    ("--model", "timm:test_vit", "--model-kwargs", "img_size=32", "--loss", "la", "--tau", 2),
+)
+
+
 @pytest.mark.parametrize(
     "flags",
     [
-        ("--mixup", 0.2, "--cutmix", 1.0, "--auto-augment", "ta_wide", "--random-erase", 0.5),
-        ("--loss", "ldam", "--drw-start", 1, "--lr-scheduler", "step", "--lr-warmup-epochs", 1),
-        ("--loss", "cb", "--sampler", "class-balanced", "--opt", "adamw", "--lr", 1e-3, "--loss-warmup", 1),
-        ("--loss", "focal", "--label-smoothing", 0.1, "--amp", "--clip-grad", 1.0, "--grad-accum", 2),
-        ("--auto-augment", "ra", "--amp", "--amp-dtype", "float16", "--lr-scheduler", "constant"),
-        ("--model", "resnet18", "--loss", "ldam", "--max-margin", 0.3),
         ("--loss", "metalad", "--omega", 1, 0.1, 0.5, "--mixup", 0.2, "--amp"),
-        ("--loss", "isda", "--strength", 1, "--grad-accum", 2, "--model", "resnet18"),
-        ("--model", "timm:test_vit", "--model-kwargs", "img_size=32", "--loss", "la", "--tau", 2),
+        ("--loss", "focal", "--label-smoothing", 0.1, "--amp", "--clip-grad", 1.0, "--grad-accum", 2),
+        *(pytest.param(flags, marks=pytest.mark.slow) for flags in OPTIONS),
     ],
 )
 def test_options_train(flags, folder, tmp_path):
@@ -499,6 +504,7 @@ def test_a_loading_process_out_of_memory_is_one_sentence(folder, tmp_path, capsy
     assert "expected memory enough (MemoryError)" in one_line(capsys)
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_last_checkpoint(folder, tmp_path, capsys, monkeypatch):
     """The quota is reached while the third checkpoint is written."""
     fsync, calls = os.fsync, []

@@ -248,6 +248,7 @@ def test_rows_that_do_not_fit_are_taken_back(tmp_path):
         assert (folder.path / "a.csv").read_text() == "header\n1,2\n"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
 def test_a_full_standard_output_is_one_sentence(tmp_path):
     job = [sys.executable, "-m", "classfair", *JOB, "--epochs", "1", "--output", str(tmp_path / "run")]

@@ -43,6 +43,7 @@ def default_job():
     return config, [run_one(loss, seed, config) for seed in range(3) for loss in config.loss]
 
 
+@pytest.mark.slow
 def test_logit_adjustment_helps_the_few_shot_classes(default_job):
     config, runs = default_job
     results = [result for result, _ in runs]
