@@ -2,13 +2,14 @@
 
 import math
 import operator
+import sys
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 #: Dtypes of labels, as torch's cross_entropy takes them. Kernels are given int64.
@@ -23,6 +24,14 @@ MAX_KEYS = 1 << 60
 def acc_dtype(logits: Tensor) -> torch.dtype:
     """Dtype of sums and statistics: float32, or float64 for float64 inputs."""
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def is_dtensor(value: Any) -> bool:
+    """Whether a value is a DTensor of torch, whose module takes a second to import; who has one has imported it."""
+    if type(value) in (Tensor, nn.Parameter):
+        return False
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
 
 
 def check_logits(function: str, logits: Any) -> None:
