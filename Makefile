@@ -18,7 +18,7 @@ INTERPRET = TRITON_INTERPRET=1 $(PYTEST) -q -W ignore::RuntimeWarning
 INTERPRETED := plain-3x31 or mixed-stats or fwd-all-triton or dense-all or share-all or strided-3d-dense or fwd-nan- or 9x1-3 \
   or 40x7-5- or 33x33-1- or 3x7x2 or 17x17x16 or label_index
 
-.PHONY: help train test test-all test-cuda-emulated test-gpu lint format bench bench-features bench-fairness bench-check bench-gpu sanitize cuda-check doctor clean
+.PHONY: help train test test-all test-exhaustive test-cuda-emulated test-gpu lint format bench bench-features bench-fairness bench-check bench-gpu sanitize cuda-check doctor clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -41,11 +41,17 @@ test: $(VENV)/.installed  ## run the tests, in at most 4 minutes on 2 cores
 	  -k "triton and values_and and (float32 or bfloat16 or int64) and ($(INTERPRETED))"; fi
 	$(PYTEST) -m "not slow" $(ARGS)
 
-# A thousand compilations by Triton and as many cases in its interpreter, on all cores; then what starts processes itself.
+# On all cores where tests are independent; then what starts processes itself.
 test-all: $(VENV)/.installed  ## run what `make test` leaves out: more cases, dtypes, processes, compilers, builds
-	if $(HAS_TRITON); then $(INTERPRET) -n auto tests/primitives -k triton; fi
-	$(PYTEST) -n auto -q -m slow tests/primitives
-	$(PYTEST) -m slow --ignore=tests/primitives $(ARGS)
+	if $(HAS_TRITON); then $(INTERPRET) -n auto -q tests/primitives \
+	  -k "triton and not gradcheck and not gradgradcheck and not repeat and not float64 and not float16"; fi
+	$(PYTEST) -n auto -q -m "slow and not exhaustive" tests/primitives
+	$(PYTEST) -m "slow and not exhaustive" --ignore=tests/primitives $(ARGS)
+
+# About two hours of 2 cores: a thousand compilations by Triton, and every case and derivative in its interpreter.
+test-exhaustive: $(VENV)/.installed  ## run what takes too long for CI: every case and dtype through Triton
+	$(INTERPRET) -n auto -q tests/primitives -k triton
+	$(PYTEST) -n auto -m exhaustive $(ARGS)
 
 # The .cu files, compiled by g++, serve as back-end `native` of the CPU; see tests/cuda_emulator/README.md.
 test-cuda-emulated: $(VENV)/.installed  ## run the CUDA kernels on the CPU: conformance, bounds, barriers, races

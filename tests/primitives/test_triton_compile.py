@@ -91,6 +91,15 @@ def test_softmax_loss(case, dtype, compiled):
 
 
 @pytest.mark.slow  # a second or two a kernel
+@each_gpu(90)
+@each_dtype(torch.bfloat16)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
+def test_softmax_loss_in_training_precision(case, dtype, compiled):
+    _compile_case(case, dtype, compiled)
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive  # a thousand of them
 @each_gpu(80, 90)
 @each_dtype(torch.float32, torch.float64, torch.bfloat16, torch.float16)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
