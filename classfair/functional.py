@@ -8,6 +8,7 @@ from torch import Tensor
 
 from classfair import _validate as check
 from classfair import backends
+from classfair._dtensor import is_dtensor, whole_batch
 from classfair._schema import SoftmaxLoss
 from classfair.ops import Cells, Penalty
 from classfair.ops.softmax_loss import reduce_rows, softmax_loss
@@ -45,6 +46,8 @@ def prepare(
     label: Tensor | None = None,
 ) -> Problem:
     """The checked arguments of ``function``; TypeError and ValueError name it."""
+    if is_dtensor(logits):
+        logits, target, sample_weight, label = whole_batch(function, logits, target, sample_weight, label)
     check.check_logits(function, logits)
     check.check_choice(function, "reduction", reduction, check.REDUCTIONS)
     if label_smoothing:
@@ -276,6 +279,7 @@ def cross_entropy(
 
     Gradients: ``logits``, ``offset``, ``margin``, ``pair`` and probability targets, every order.
     Determinism: bitwise, for any number of threads.
+    DTensor logits, replicated or with sharded samples: every process gathers the samples, and has the loss of all.
 
     Differences from torch, on purpose: half-precision logits give a float32 loss; a row of -inf only has loss +inf
     and gradient 0 instead of NaN; ``weight.requires_grad`` is an error here and at backward there. ``sample_weight`` is

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from classfair import _validate as check
+from classfair._dtensor import is_dtensor, whole_batch
 from classfair._schema import SoftmaxLoss
 from classfair.fairness import along, compares_groups
 from classfair.functional import Problem, carries, prepare, run
@@ -82,6 +83,10 @@ def cross_entropy_with_stats(
         >>> (loss + (share[0] - share[1]).square().sum()).backward()
     """
     function = "cross_entropy_with_stats"
+    if is_dtensor(logits):
+        logits, target, group, label, sample_weight = whole_batch(
+            function, logits, target, group, label, sample_weight
+        )
     problem = prepare(
         function,
         logits,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from classfair import _validate as check
 from classfair import backends
+from classfair._dtensor import is_dtensor, whole_weight
 from classfair.functional import cross_entropy
 from classfair.functional_stats import cross_entropy_with_stats
 from classfair.losses.base import CrossEntropyLoss, Keywords
@@ -138,6 +139,7 @@ class FeatureLoss(CrossEntropyLoss):
         raw: bool,
     ) -> tuple[Tensor, dict[str, Any]]:
         """Logits and the arguments of the loss on them; ``raw`` where they have to be the unperturbed ones."""
+        linear_weight, linear_bias = whole_weight(linear_weight), whole_weight(linear_bias)
         self._check(features, linear_weight, target)
         update = update and not self._recomputes()
         arguments = self._arguments()
@@ -170,6 +172,8 @@ class FeatureLoss(CrossEntropyLoss):
 
     def _check(self, features: Any, linear_weight: Any, target: Any) -> None:
         name, (num_classes, dim) = type(self).__name__, self.statistics.mean.shape
+        if is_dtensor(features):
+            raise TypeError(f"{name}: expected features as a plain tensor of this process's samples, got a DTensor")
         rows = features.shape[0] if isinstance(features, Tensor) and features.dim() == 2 else -1
         check.check_floats(name, "features", features, (max(rows, 0), dim))
         check.check_floats(name, "linear_weight", linear_weight, (num_classes, dim))
