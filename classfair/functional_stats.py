@@ -84,9 +84,7 @@ def cross_entropy_with_stats(
     """
     function = "cross_entropy_with_stats"
     if is_dtensor(logits):
-        logits, target, group, label, sample_weight = whole_batch(
-            function, logits, target, group, label, sample_weight
-        )
+        logits, target, group, label, sample_weight = whole_batch(function, logits, target, group, label, sample_weight)
     problem = prepare(
         function,
         logits,
