@@ -36,7 +36,7 @@ class _Schedule:
         self._put()
 
     def state_dict(self) -> dict[str, Any]:
-        """Numbers and tensors only; loads with ``torch.load(weights_only=True)``."""
+        """Plain numbers, as in torch's schedulers, and tensors; loads with ``torch.load(weights_only=True)``."""
         return {name: getattr(self, name) for name in self._STATE}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -152,12 +152,20 @@ class Warmup(_Schedule):
             # lerp is exact at both ends, 1 + (w - 1) is not.
             self.criterion.put(name, torch.lerp(neutral, full, strength))
 
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers, as in torch's schedulers, and the vectors by their names."""
+        return {"last_epoch": self.last_epoch, "epochs": self.epochs, **self.full}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the position and the criterion's buffers, before or after the criterion's own state is loaded."""
-        full: dict[str, Tensor] = state_dict.get("full", {})
-        if full and set(full) != set(self.full):
+        state = dict(state_dict)
+        # Up to version 0.1 the vectors were a dictionary of their own.
+        full: dict[str, Tensor] = state.pop("full", None) or {
+            name: state.pop(name) for name in ("offset", "margin", "reweight") if name in state
+        }
+        if set(full) != set(self.full):
             raise ValueError(f"Warmup: expected a state of {sorted(self.full)}, got one of {sorted(full)}")
-        super().load_state_dict(state_dict)
+        super().load_state_dict(state | {"full": full})
 
 
 class ISDARamp(_Schedule):

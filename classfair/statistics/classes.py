@@ -304,6 +304,8 @@ class ClassStatistics(KeepsPrecision):
                 f"ClassStatistics: expected state of version {self._version} or older, got version {version};"
                 " it was saved by a newer classfair"
             )
+        if self.cov_error is not None and prefix + "mean" in state_dict:  # at first what rounding left out was not kept
+            state_dict.setdefault(prefix + "cov_error", torch.zeros_like(self.cov_error))
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
     def extra_repr(self) -> str:

@@ -14,7 +14,10 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 import classfair
 from classfair import MixedTarget
 from classfair.losses import FeatureLoss
+from tests.project.test_docs import ROOT, python_blocks, run_block
 from tests.support.losses import LOSSES, C, D
+
+RECIPES = ROOT / "docs" / "recipes.md"
 
 ROWS, STEPS = 23, 2
 SHARDED = {
@@ -168,6 +171,8 @@ def _distributed_logits(rank, world, path, results):
         errors.append(str(error))
     results["errors", rank] = errors
     results["weights", rank] = [_weight_gradient(rank, world, where) for where in _meshes(world)]
+    (block,) = (block for block in python_blocks(RECIPES) if "fully_shard" in block)
+    results["recipe", rank] = _recipe(parts(rank, world), world / ROWS, run_block(block)["shard"])
     dist.barrier()
     dist.destroy_process_group()
 
@@ -184,6 +189,19 @@ def _weight_problem(part):
     g = torch.Generator().manual_seed(3)
     weight, features = torch.randn(C, D, generator=g), torch.randn(ROWS, D, generator=g)
     return weight, features[part], torch.randint(0, C, (ROWS,), generator=g)[part]
+
+
+def _recipe(part, scale, prepare=None):
+    """Gradients of the classifier of docs/recipes.md, sharded as it says or not at all."""
+    torch.manual_seed(0)
+    images, target = (x[part] for x in data())
+    model = nn.Sequential(nn.Linear(6, D), nn.ReLU(), nn.Linear(D, C))
+    net = classfair.nn.with_features(model) if prepare is None else prepare(model)
+    features, logits = net(images)
+    criterion = LOSSES["isda"](reduction="sum")
+    loss = criterion(features, net.head.weight, target, logits=logits, linear_bias=net.head.bias)
+    (loss * scale).backward()
+    return [p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for p in net.parameters()]
 
 
 def _weight_gradient(rank, world, where):
@@ -211,6 +229,8 @@ def test_distributed_tensors(tmp_path):
             torch.testing.assert_close(gradients, expected[1])
             assert torch.equal(count, expected[2])
         torch.testing.assert_close(results["partial", rank], classfair.cross_entropy(logits, target).detach())
+        for got, wanted in zip(results["recipe", rank], _recipe(slice(None), 1 / ROWS), strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
         *sharded_classes, sharded_features = results["errors", rank]
         assert len(sharded_classes) == 3
         for message in sharded_classes:

@@ -5,7 +5,7 @@ import re
 import socket
 import subprocess
 import sys
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import numpy as np
 import pytest
@@ -372,3 +372,47 @@ def test_corrections_after_training_help():
         plain = names["balanced_accuracy"](names["model"](names["images"][part]), part)
         for predict in (names["adjusted"], names["normalized"]):
             assert names["balanced_accuracy"](predict(part, 0.75), part) > plain + 0.01
+
+
+ACCELERATE = "Hugging Face accelerate"
+
+
+def test_accelerate_takes_the_gradient_of_the_whole_step():
+    torch.manual_seed(0)
+    names = run_block(recipe(ACCELERATE))
+    model, criterion = names["model"], names["criterion"]
+    batches = list(names["loader"])[-3:]  # the last one is smaller
+    model.zero_grad()
+    names["accumulate"](batches)
+    accumulated = gradient(model)
+    x, y = (torch.cat(tensors) for tensors in zip(*batches, strict=True))
+    (criterion(model(x), y) / criterion.total_weight(y)).backward()
+    assert distance(accumulated, gradient(model)) < 1e-5
+
+
+def steps_in_groups(sync_with_dataloader):
+    """How often an optimizer of accelerate steps in 2 epochs of 8 micro-batches, 4 of which are fetched at a time."""
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    plugin = accelerate.utils.GradientAccumulationPlugin(num_steps=4, sync_with_dataloader=sync_with_dataloader)
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_plugin=plugin)
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loader = torch.utils.data.DataLoader(torch.randn(16, 3), batch_size=2)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    steps = 0
+    for _ in range(2):
+        batches = iter(loader)
+        while group := list(islice(batches, 4)):
+            for x in group:
+                with accelerator.accumulate(model):
+                    accelerator.backward(model(x).sum())
+                    before = model.weight.detach().clone()
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    steps += not torch.equal(before, model.weight)
+    return steps
+
+
+def test_batches_fetched_ahead_inside_accumulate():
+    assert steps_in_groups(sync_with_dataloader=False) == 4
+    assert steps_in_groups(sync_with_dataloader=True) == 10  # as docs/recipes.md warns: 4 for each last group
