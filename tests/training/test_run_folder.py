@@ -1,5 +1,6 @@
 """The run folder: one owner, whole files on a full disk, and what is damaged, forged or somebody else's."""
 
+import contextlib
 import errno
 import fcntl
 import gzip
@@ -221,27 +222,27 @@ def test_a_full_disk_is_one_sentence_and_leaves_no_half_file(after, whole, tmp_p
         assert contents(path) == contents(whole)
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def small_files():
-    """No file may grow above 2000 bytes."""
+    """No file may grow above 2000 bytes: for a few lines only, because the terminal may be a file, too."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.usefixtures("small_files")
 def test_a_checkpoint_that_does_not_fit_names_the_reason(tmp_path):
     """torch.save turns the error of the file into one about positions."""
-    with RunFolder(tmp_path / "run") as folder:
+    with small_files(), RunFolder(tmp_path / "run") as folder:
         with pytest.raises(OSError, match=r"expected to write .*/a.pt, got File too large"):
             folder.write("a.pt", lambda file: torch.save({"a": torch.zeros(10_000)}, file))
         assert [p.name for p in folder.path.iterdir()] == [LOCK]
 
 
-@pytest.mark.usefixtures("small_files")
 def test_rows_that_do_not_fit_are_taken_back(tmp_path):
-    with RunFolder(tmp_path / "run") as folder:
+    with small_files(), RunFolder(tmp_path / "run") as folder:
         folder._append("a.csv", "header\n", [[1, 2]])
         with pytest.raises(OSError, match=r"expected to write .*a\.csv, got File too large"):
             folder._append("a.csv", "header\n", [[3, 4]] * 1000)
