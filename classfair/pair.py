@@ -202,7 +202,7 @@ def mean_class_distance(mean: Tensor, *, seen: Tensor | None = None, backend: st
         assert square is not None
         both = seen[begin : begin + rows, None] & seen[begin:]
         total += torch.where(both, square.sqrt(), 0).triu_(1).sum(dtype=torch.float64)
-    number = seen.sum()
+    number = seen.sum(dtype=torch.float64)  # of integers torch would make the default dtype
     return (total / (number * (number - 1) / 2).clamp_min(1)).to(mean.dtype)
 
 

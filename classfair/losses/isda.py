@@ -40,8 +40,10 @@ class ISDALoss(FeatureLoss):
     ``(N, C)``, the model's own (else they are computed from ``linear_bias`` ``(C,)``).
     Gradients: features, linear_weight (through logits and perturbation), linear_bias, logits; every order. None
     through the covariances.
-    State: ``strength`` ``()``, ``statistics``. No parameters. In evaluation, and without gradient, the loss is plain
-    cross-entropy and no state changes. With an initialised process group the moments are those of all processes.
+    State, tensors only: ``strength`` ``()``, ``statistics``, the number of ``updates`` and ``largest``, the largest
+    perturbation since the state was last read, and so 0 in it. No parameters. In evaluation, and without gradient, the
+    loss is plain cross-entropy and no state changes. With an initialised process group the moments are those of all
+    processes.
 
     Without ``logits`` and statistics, with diagonal covariances and without half precision, the term in :math:`w_y`
     moves into the features, :math:`z' = (h - \lambda v_y \circ w_y) W^\top + v_y (\tfrac{\lambda}{2} W \circ W)^\top`

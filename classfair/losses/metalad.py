@@ -51,8 +51,8 @@ class MetaLADLoss(FeatureLoss):
 
     Shape, gradients and evaluation as in :class:`ISDALoss`. ``omega`` is a buffer: trained on the training loss,
     the second weight would fall without end. A tensor that requires gradient may be put in its place.
-    State: ``omega``, ``log_prior`` ``(C,)``, ``mean_distance`` ``()``, ``distances`` ``(2, C)``, ``statistics``. No
-    parameters.
+    State: ``omega``, ``log_prior`` ``(C,)``, ``mean_distance`` ``()``, ``distances`` ``(2, C)``, and what
+    :class:`ISDALoss` has besides its strength. No parameters.
 
     Raises:
         TypeError, ValueError: arguments of the wrong kind, shape or range; ``per="pair"`` above 2000 classes, with the

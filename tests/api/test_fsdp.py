@@ -100,7 +100,7 @@ def _train_sharded(rank, world, path, results):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_fully_sharded_processes_equal_one(world, tmp_path):
     with mp.Manager() as manager:
         results = manager.dict()

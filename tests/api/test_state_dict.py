@@ -193,3 +193,10 @@ def test_a_narrow_default_dtype_changes_no_training(name, request):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert_same_state(criterion.state_dict(), expected.state_dict())
+
+
+def test_a_narrow_default_dtype_rounds_no_number_of_pairs(request):
+    mean = torch.randn(61, D, generator=torch.Generator().manual_seed(0))
+    expected = classfair.mean_class_distance(mean)
+    request.getfixturevalue("narrow_default")
+    assert torch.equal(classfair.mean_class_distance(mean), expected)
