@@ -15,7 +15,7 @@ SOURCES := $(filter csrc/%,$(CPP)) setup.py pyproject.toml
 PRIMITIVES := $(addprefix tests/primitives/test_,softmax_loss.py class_moments.py pair_terms.py penalties.py)
 INTERPRETED = TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PRIMITIVES) -W ignore::RuntimeWarning
 
-.PHONY: help train test test-slow test-cuda-emulated test-gpu lint format bench bench-features bench-fairness bench-check bench-gpu sanitize cuda-check doctor clean
+.PHONY: help train test test-slow test-cuda-emulated test-gpu fuzz lint format bench bench-features bench-fairness bench-check bench-gpu sanitize sanitize-cpu cuda-check doctor clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -46,6 +46,22 @@ test-cuda-emulated: $(VENV)/.installed  ## run the CUDA kernels on the CPU: conf
 	$(BIN)/python -m pytest tests/cuda_emulator
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p tests.cuda_emulator.plugin $(EMULATED) \
 	  -k "native-cpu or (label_index and native)" $(ARGS)
+
+# SEED repeats a run. A disagreement prints the call, and the seed that makes it alone.
+SECONDS ?= 600
+SEED ?= $(shell date +%s)
+fuzz: $(VENV)/.installed  ## compare the back-ends on random calls, valid and not, for SECONDS
+	$(BIN)/python -m tests.fuzz $(SEED) $(SECONDS)
+
+# Python is not built so, hence the preloads; its own memory is not looked at for leaks.
+SANITIZE_FLAGS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1 -g1
+SANITIZED_PYTHON = ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 LD_PRELOAD="$$( \
+  for lib in asan ubsan stdc++; do g++ -print-file-name=lib$$lib.so; done | tr '\n' ' ')" $(BIN)/python
+sanitize-cpu: $(VENV)/.installed  ## CPU kernels under AddressSanitizer and UBSan: conformance, and a minute of fuzz
+	CLASSFAIR_CUDA=0 CLASSFAIR_CXXFLAGS="$(SANITIZE_FLAGS)" LDFLAGS="$(SANITIZE_FLAGS)" CXX=g++ \
+	  $(BIN)/python setup.py -q build_ext --build-lib build/sanitized --build-temp build/sanitized/objects
+	$(SANITIZED_PYTHON) -m pytest -p tests.fuzz.sanitized $(PRIMITIVES) -q -k "native and cpu and values_and" $(ARGS)
+	$(SANITIZED_PYTHON) -m tests.fuzz.sanitized $(SEED) 60
 
 lint: $(VENV)/.installed  ## check style and types
 	$(BIN)/ruff check .

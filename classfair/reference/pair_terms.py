@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from classfair.reference.label_index import raise_if_bad
+
 #: Numbers in the differences of one chunk of rows: 16 MB in float32.
 CHUNK_NUMBERS = 1 << 22
 #: |w_c - w_y|^2 counts as 0 up to this share of 1 or, where larger, of its mean over c.
@@ -123,7 +125,10 @@ def pair_terms(
     want_square: bool,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`classfair.ops.pair_terms`; outputs not asked for are of size 0."""
-    has_cov = cov is not None
+    has_cov, classes = cov is not None, weight.shape[0]
+    used = torch.arange(label.shape[0], device=label.device) < num_slots
+    bad = used & ((label < 0) | (label >= classes))
+    raise_if_bad("pair_terms", bad, label, f"label in [0, {classes})")
     parts = [
         _terms(chunk, normalize, has_cov, want_square)(*_inputs(chunk, weight, cov))
         for chunk in _chunks(weight, label, num_slots)
