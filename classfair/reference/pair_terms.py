@@ -55,7 +55,7 @@ def _ratio(form: Tensor, square: Tensor, cov: Tensor) -> Tensor:
     # A NaN among the weights is one in its own pairs alone.
     far = ~(square <= THRESHOLD * torch.where(average > 1, average, 1))
     ratio = torch.where(far, form / torch.where(far, square, 1), 0)
-    if cov.dim() == 3:
+    if cov.dim() == 3 or cov.shape[1] == 0:
         return ratio
     # A Rayleigh quotient lies between the extremes of the diagonal; rounding may leave them by an ulp.
     low, high = cov.detach().aminmax(dim=1, keepdim=True)
@@ -68,6 +68,7 @@ def _terms(chunk: Chunk, normalize: bool, variance: bool, square: bool) -> Funct
 
     def formula(weight: Tensor, cov: Tensor | None = None) -> Tensors:
         difference = weight - weight[chunk.own][:, None]  # exactly 0 at a row's own class, value and gradient
+        difference = torch.where(chunk.live[:, None], difference, 0)  # else a NaN in class 0 leaves by unused slots
         terms = []
         distance = difference.square().sum(2) if square or normalize else None
         if variance and cov is not None:

@@ -210,9 +210,9 @@ def test_an_integer_of_any_library_is_an_ignore_index(value):
 @pytest.mark.parametrize(
     ("keywords", "error", "match"),
     [
-        ({"gamma": math.inf}, ValueError, "expected gamma >= 0 and finite, got inf"),
-        ({"gamma": 10**400}, ValueError, "expected gamma >= 0 and finite, got inf"),
-        ({"gamma": math.nan}, ValueError, "expected gamma >= 0, got nan"),
+        ({"gamma": math.inf}, ValueError, r"expected gamma in \[0, 1000\], got inf"),
+        ({"gamma": 10**400}, ValueError, r"expected gamma in \[0, 1000\], got inf"),
+        ({"gamma": math.nan}, ValueError, r"expected gamma in \[0, 1000\], got nan"),
         ({"gamma": None}, TypeError, "expected gamma as a number, got NoneType"),
         ({"gamma": "2"}, TypeError, "expected gamma as a number, got str"),
         ({"gamma": torch.tensor([1.0, 2.0])}, TypeError, "expected gamma as a number, got Tensor"),

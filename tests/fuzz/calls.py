@@ -147,7 +147,7 @@ def _terms(d: Draw, n: int, c: int) -> dict[str, Any]:
 
 def loss(d: Draw) -> Call:
     n, c = d.size(), max(1, d.size())
-    logits = d.special(d.layout(d.floats(n, c, scale=d.one((1.0, 30.0, 0.0))).to(d.one(FLOATS))).clone())
+    logits = d.layout(d.special(d.floats(n, c, scale=d.one((1.0, 30.0, 0.0))).to(d.one(FLOATS))))
     given = {"logits": logits, "target": _target(d, n, c, logits), **_terms(d, n, c)}
     if d.chance(0.5):
         return classfair.cross_entropy, d.spoiled(given)
@@ -168,9 +168,10 @@ def loss(d: Draw) -> Call:
 
 def pairs(d: Draw) -> Call:
     c, features, n = max(1, d.size()), d.integer(0, 40), d.size()
-    weight = d.special(d.layout(d.floats(c, features).to(d.one(FLOATS))).clone())
+    weight = d.special(d.floats(c, features).to(d.one(FLOATS)))
     if c > 1 and d.chance(0.2):
         weight[1] = weight[0]
+    weight = d.layout(weight)
     given = {"linear_weight": weight, "cov": d.layout(d.floats(c, features).square().to(d.one(FLOATS)))}
     target: Any = d.labels(c, n) if d.chance(0.7) else None
     if target is not None and d.chance(0.3) and not ((target >= c) | (target < 0)).any():
@@ -180,7 +181,7 @@ def pairs(d: Draw) -> Call:
 
 def moments(d: Draw) -> Call:
     n, c, features = d.size(), max(1, d.size()), max(1, d.size())
-    x = d.special(d.layout((3 + 2 * d.floats(n, features)).to(d.one(FLOATS))).clone())
+    x = d.layout(d.special((3 + 2 * d.floats(n, features)).to(d.one(FLOATS))))
     given = {"features": x, "target": d.layout(d.labels(c, n)), "num_classes": c}
     return class_moments, d.spoiled(given | {"covariance": d.one(("diag", "none"))})
 
