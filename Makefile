@@ -18,7 +18,7 @@ INTERPRET = TRITON_INTERPRET=1 $(PYTEST) -q -W ignore::RuntimeWarning
 INTERPRETED := plain-3x31 or mixed-stats or fwd-all-triton or dense-all or share-all or strided-3d-dense or fwd-nan- or 9x1-3 \
   or 40x7-5- or 33x33-1- or 3x7x2 or 17x17x16 or label_index
 
-.PHONY: help train test test-all test-exhaustive test-cuda-emulated test-gpu lint format bench bench-features bench-fairness bench-check bench-gpu sanitize cuda-check doctor clean
+.PHONY: help train test test-all test-exhaustive test-cuda-emulated test-gpu fuzz lint format bench bench-features bench-fairness bench-check bench-gpu sanitize sanitize-cpu cuda-check doctor clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -46,6 +46,7 @@ test-all: $(VENV)/.installed  ## run what `make test` leaves out: more cases, dt
 	if $(HAS_TRITON); then $(INTERPRET) -n auto -q tests/primitives \
 	  -k "triton and not gradcheck and not gradgradcheck and not repeat and not float64 and not float16"; fi
 	$(PYTEST) -n auto -q -m "slow and not exhaustive" tests/primitives
+	$(BIN)/python -m tests.fuzz $(SEED) 30
 	$(PYTEST) -m "slow and not exhaustive" --ignore=tests/primitives $(ARGS)
 
 # About two hours of 2 cores: a thousand compilations by Triton, and every case and derivative in its interpreter.
@@ -58,6 +59,22 @@ test-cuda-emulated: $(VENV)/.installed  ## run the CUDA kernels on the CPU: conf
 	$(PYTEST) -m "" tests/cuda_emulator
 	$(PYTEST) -p tests.cuda_emulator.plugin tests/primitives/test_conformance.py tests/primitives/test_reference.py \
 	  -k "(native-cpu or (label_index and native)) and not dependence and not iou_penalty" $(ARGS)
+
+# SEED repeats a run. A disagreement prints the call, and the seed that makes it alone.
+SECONDS ?= 600
+SEED ?= $(shell date +%s)
+fuzz: $(VENV)/.installed  ## compare the back-ends on random calls, valid and not, for SECONDS
+	$(BIN)/python -m tests.fuzz $(SEED) $(SECONDS)
+
+# Python is not built so, hence the preloads; its own memory is not looked at for leaks.
+SANITIZE_FLAGS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1 -g1
+SANITIZED_PYTHON = ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 LD_PRELOAD="$$( \
+  for lib in asan ubsan stdc++; do g++ -print-file-name=lib$$lib.so; done | tr '\n' ' ')" $(BIN)/python
+sanitize-cpu: $(VENV)/.installed  ## CPU kernels under AddressSanitizer and UBSan: conformance, and a minute of fuzz
+	CLASSFAIR_CUDA=0 CLASSFAIR_CXXFLAGS="$(SANITIZE_FLAGS)" LDFLAGS="$(SANITIZE_FLAGS)" CXX=g++ \
+	  $(BIN)/python setup.py -q build_ext --build-lib build/sanitized --build-temp build/sanitized/objects
+	$(SANITIZED_PYTHON) -m pytest -p tests.fuzz.sanitized tests/primitives/test_conformance.py -q -k "native and cpu and values_and" $(ARGS)
+	$(SANITIZED_PYTHON) -m tests.fuzz.sanitized $(SEED) 60
 
 lint: $(VENV)/.installed  ## check style and types
 	$(BIN)/ruff check .

@@ -17,6 +17,9 @@ LABELS = (torch.int64, torch.uint8)
 
 REDUCTIONS = ("none", "mean", "sum")
 
+#: Of the focal term: beyond, (1 - p)^gamma has hardly a digit in float32.
+MAX_GAMMA = 1000.0
+
 #: Most keys (class and group) of a table, so that no size of one overflows.
 MAX_KEYS = 1 << 60
 
@@ -126,14 +129,12 @@ def _as_float(value: Any) -> float:
         return math.inf if value > 0 else -math.inf
 
 
-def scalar(function: str, name: str, value: Any, low: float, high: float = math.inf) -> float:
-    """A finite number as a float; as torch's functions, from a 0-d tensor too, which nobody has to wait for."""
+def scalar(function: str, name: str, value: Any, low: float, high: float) -> float:
+    """A number as a float; as torch's functions, from a 0-d tensor too, which nobody has to wait for."""
     if isinstance(value, Tensor) and not (value.is_nested or value.requires_grad or value.is_complex()):
         value = value.item() if value.dim() == 0 and value.device.type == "cpu" else value
     check_number(function, name, value, low, high)
-    if math.isinf(value := _as_float(value)):
-        raise ValueError(f"{function}: expected {name} >= {low:g} and finite, got {value}")
-    return value
+    return float(value)
 
 
 def integer(function: str, name: str, value: Any) -> int:
@@ -165,6 +166,11 @@ def check_size(function: str, name: str, value: Any) -> None:
         raise TypeError(f"{function}: expected {name} as an int, got {type(value).__name__}")
     if value < 1:
         raise ValueError(f"{function}: expected {name} >= 1, got {value}")
+
+
+def check_flag(function: str, name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{function}: expected {name} as a bool, got {type(value).__name__}")
 
 
 def check_choice(function: str, name: str, value: Any, choices: Sequence[Any]) -> None:

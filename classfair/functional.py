@@ -53,7 +53,7 @@ def prepare(
     if type(label_smoothing) is not float or label_smoothing != 0.0:
         label_smoothing = check.scalar(function, "label_smoothing", label_smoothing, 0.0, 1.0)
     if type(gamma) is not float or gamma != 0.0:
-        gamma = check.scalar(function, "gamma", gamma, 0.0)
+        gamma = check.scalar(function, "gamma", gamma, 0.0, check.MAX_GAMMA)
     ignore_index = check.integer(function, "ignore_index", ignore_index)
     soft = isinstance(target, Tensor) and target.is_floating_point()
     if soft:
@@ -269,7 +269,7 @@ def cross_entropy(
             with the class weights, in the loss and in the denominator of ``"mean"``; statistics do not see them. A
             sample of weight 0 costs 0, whatever its loss.
         label_smoothing: epsilon in [0, 1].
-        gamma: finite focusing exponent >= 0, hard labels only; 0 is plain cross-entropy.
+        gamma: focusing exponent in [0, 1000], hard labels only; 0 is plain cross-entropy.
         ignore_index: label of samples that count for nothing; hard labels only where >= 0.
         reduction: ``"mean"`` (over the weights of the labels present; over N for probabilities; as torch; times those
             of the samples),

@@ -173,7 +173,7 @@ def _check_statistics(
     if label is not None and not soft:
         raise ValueError(f"{function}: expected label only with probability targets, got hard labels")
     if num_groups is not None:
-        check.check_size(function, "num_groups", num_groups)
+        check.check_keys(function, num_classes, num_groups)
     if group is not None:
         if num_groups is None:
             raise ValueError(f"{function}: expected num_groups with group, got None")

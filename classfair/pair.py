@@ -71,7 +71,7 @@ def _index(function: str, target: Any, num_classes: int, device: torch.device) -
         return target
     if not isinstance(target, Tensor):
         raise TypeError(f"{function}: expected target as a tensor or a LabelIndex, got {type(target).__name__}")
-    check.check_labels_tensor(function, "target", target, None, check.LABELS)
+    check.check_labels_tensor(function, "target", target, (target.numel(),), check.LABELS)
     check.check_device(function, "target", target, device, "classes")
     return ops.label_index(target, num_classes)
 
@@ -140,7 +140,8 @@ def pair_variance(
     name = "pair_variance"
     check.check_matrix(name, "linear_weight", linear_weight)
     classes, features = linear_weight.shape
-    full = isinstance(cov, Tensor) and cov.dim() == 3
+    check.check_flag(name, "normalize", normalize)
+    full = isinstance(cov, Tensor) and not cov.is_nested and cov.dim() == 3
     check.check_floats(name, "cov", cov, (classes, features, features) if full else (classes, features))
     check.check_device(name, "cov", cov, linear_weight.device, "weight")
     if full and backend not in (None, "reference"):

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from classfair.reference.label_index import raise_if_bad
+
 #: Numbers in the differences of one chunk of rows: 16 MB in float32.
 CHUNK_NUMBERS = 1 << 22
 #: |w_c - w_y|^2 counts as 0 up to this share of 1 or, where larger, of its mean over c.
@@ -53,7 +55,7 @@ def _ratio(form: Tensor, square: Tensor, cov: Tensor) -> Tensor:
     # A NaN among the weights is one in its own pairs alone.
     far = ~(square <= THRESHOLD * torch.where(average > 1, average, 1))
     ratio = torch.where(far, form / torch.where(far, square, 1), 0)
-    if cov.dim() == 3:
+    if cov.dim() == 3 or cov.shape[1] == 0:
         return ratio
     # A Rayleigh quotient lies between the extremes of the diagonal; rounding may leave them by an ulp.
     low, high = cov.detach().aminmax(dim=1, keepdim=True)
@@ -66,6 +68,7 @@ def _terms(chunk: Chunk, normalize: bool, variance: bool, square: bool) -> Funct
 
     def formula(weight: Tensor, cov: Tensor | None = None) -> Tensors:
         difference = weight - weight[chunk.own][:, None]  # exactly 0 at a row's own class, value and gradient
+        difference = torch.where(chunk.live[:, None], difference, 0)  # else a NaN in class 0 leaves by unused slots
         terms = []
         distance = difference.square().sum(2) if square or normalize else None
         if variance and cov is not None:
@@ -123,7 +126,10 @@ def pair_terms(
     want_square: bool,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`classfair.ops.pair_terms`; outputs not asked for are of size 0."""
-    has_cov = cov is not None
+    has_cov, classes = cov is not None, weight.shape[0]
+    used = torch.arange(label.shape[0], device=label.device) < num_slots
+    bad = used & ((label < 0) | (label >= classes))
+    raise_if_bad("pair_terms", bad, label, f"label in [0, {classes})")
     parts = [
         _terms(chunk, normalize, has_cov, want_square)(*_inputs(chunk, weight, cov))
         for chunk in _chunks(weight, label, num_slots)

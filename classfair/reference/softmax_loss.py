@@ -105,7 +105,9 @@ def _perturbed(x: Tensor, t: Tensors, labels: Labels) -> Tensor:
     """Logits (R, C) plus offset and pair row, minus the margin at the label."""
     if t.offset is not None:
         x = x + t.offset
-    if t.pair is not None and t.pair.shape[0] > 0:
+    if t.pair is not None and t.pair.shape[0] == 0:
+        x = x + t.pair.sum(0)  # nothing, with a gradient that is not None
+    elif t.pair is not None:
         index = labels.labels[0][0] if t.slot is None else t.slot
         exists = labels.statistic >= 0 if t.slot is None else (t.slot >= 0) & (t.slot < t.pair.shape[0])
         has_row = labels.valid & exists

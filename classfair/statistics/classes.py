@@ -81,7 +81,7 @@ def _of_index(features: Tensor, backend: str | None) -> str | None:
 
 
 def _check_features(function: str, features: Any, target: Any) -> None:
-    rows = tuple(features.shape) if isinstance(features, Tensor) else None
+    rows = tuple(features.shape) if isinstance(features, Tensor) and not features.is_nested else None
     if rows is not None and (len(rows) != 2 or rows[1] == 0):
         raise ValueError(f"{function}: expected features of shape (N, D) with D >= 1, got {rows}")
     check.check_floats(function, "features", features, rows or ())

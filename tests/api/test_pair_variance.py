@@ -200,7 +200,7 @@ BAD = [
     (pair_variance, (W, torch.ones(4, 3, 2)), {}, ValueError, r"of shape \(4, 3, 3\), got \(4, 3, 2\)"),
     (pair_variance, (W, V.to("meta")), {}, ValueError, "expected cov on the device of the weight, cpu, got meta"),
     (pair_variance, (W, V, [0]), {}, TypeError, "expected target as a tensor or a LabelIndex, got list"),
-    (pair_variance, (W, V, Y.int()), {}, TypeError, "expected target of dtype torch.int64, got torch.int32"),
+    (pair_variance, (W, V, Y.int()), {}, TypeError, "dtype torch.int64 or torch.uint8, got torch.int32"),
     (pair_variance, (W, V, Y[None]), {}, ValueError, r"expected target of shape \(2,\), got \(1, 2\)"),
     (pair_variance, (W, torch.ones(4, 3, 3)), {"backend": "native"}, ValueError, r"with cov of shape \(C, D, D\)"),
     (distance_margin, (None,), {}, TypeError, "expected mean as a floating tensor, got NoneType"),

@@ -56,6 +56,11 @@ def run_installed(wheel, where, code):
 LOSS = "import torch, classfair; print(classfair.cross_entropy(torch.zeros(2, 4), torch.tensor([0, 1])).item())"
 
 
+def test_an_sdist_holds_what_people_and_tools_read(sdist):
+    for name in ("README.md", "docs/design.md", ".clang-format", "Makefile", "tests/conftest.py", "csrc/terms.h"):
+        assert (sdist / name).is_file(), name
+
+
 @pytest.mark.slow
 def test_without_a_compiler_it_is_pure_python_and_says_so_once(sdist, tmp_path):
     empty = tmp_path / "empty"

@@ -29,7 +29,7 @@ PairInputs<A> make_inputs(const Tensor& weight, const OptionalTensor& cov, const
   for (int64_t m = 0; m < in.used; ++m)
     if (in.label[m] < 0 || in.label[m] >= in.C)
       throw std::out_of_range("pair_terms: expected label in [0, " + std::to_string(in.C) + "), got " +
-                              std::to_string(in.label[m]) + " at slot " + std::to_string(m));
+                              std::to_string(in.label[m]) + " at row " + std::to_string(m));
   return in;
 }
 
