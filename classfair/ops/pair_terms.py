@@ -88,7 +88,9 @@ class PairTermsFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple:
+    def backward(ctx: Any, grad_variance: Any, grad_square: Any) -> tuple:
+        # The compiler gives an output of size 0 a gradient of that size.
+        grads = (grad_variance, grad_square if ctx.want_square else None)
         arguments = (*grads, *ctx.saved_tensors, ctx.normalize, ctx.needs_input_grad[1], ctx.backend)
         function = PairTermsBackward if torch.compiler.is_compiling() else PairTermsBackwardForwardMode
         grad_weight, grad_cov = function.apply(*arguments)
