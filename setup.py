@@ -1,8 +1,8 @@
 """Builds the compiled parts: ``classfair._C`` (CPU kernels) and, where nvcc is found, ``classfair._cuda``.
 
 Build-time settings: ``CLASSFAIR_CUDA=auto|0|1`` (auto: build CUDA kernels where nvcc is found; 1: fail without),
-``TORCH_CUDA_ARCH_LIST``, ``MAX_JOBS``, ``CXX``, ``CLASSFAIR_CXXFLAGS`` (last for the CPU kernels). All other metadata
-is static, in pyproject.toml.
+``TORCH_CUDA_ARCH_LIST``, ``MAX_JOBS``, ``CXX``, ``CLASSFAIR_CXXFLAGS`` (the last flags of the CPU kernels). All other
+metadata is static, in pyproject.toml.
 """
 
 import os
