@@ -55,7 +55,7 @@ def test_exponential_at_the_ends(shape):
 @pytest.mark.parametrize(
     ("capability", "tests"),
     [
-        ("default", "native-cpu-float32"),
+        ("default", "native-cpu-float32 and (plain or all)"),
         pytest.param("default", "native-cpu", marks=pytest.mark.slow),
         pytest.param("avx2", "native-cpu", marks=pytest.mark.slow),
     ],
