@@ -61,6 +61,38 @@ class SoftmaxLoss(NamedTuple):
     counts: Tensor | None = None  # (3 * G * C + 2,) int64: count, correct, predicted, invalid and nonfinite rows
 
 
+class Options(NamedTuple):
+    """What is done with the rows' losses; constants, flat because autograd looks for tensors at the top only."""
+
+    reduction: str = "none"
+    backend: str = "reference"
+    kind: str | None = None  # of a penalty; None: there is none
+    penalty_weight: float = 1.0
+    weighted: bool = False
+    of_cells: bool = False
+
+
+class Call(NamedTuple):
+    """What the Function is called with."""
+
+    t: Tensors
+    s: Scalars
+    key: Tensor | None  # of the penalty's cells
+    num_cells: Tensor | None
+    options: Options
+
+    @classmethod
+    def of(cls, inputs: tuple) -> "Call":
+        """From flat inputs, as autograd and transforms need them."""
+        tensors, rest = inputs[:NUM_TENSORS], inputs[NUM_TENSORS:]
+        end = len(Scalars._fields)
+        scalars, key, num_cells, options = rest[:end], rest[end], rest[end + 1], rest[end + 2 :]
+        return cls(Tensors._make(tensors), Scalars._make(scalars), key, num_cells, Options._make(options))
+
+    def flat(self) -> tuple:
+        return *self.t, *self.s, self.key, self.num_cells, *self.options
+
+
 def _schema(arguments: type[Tensors] | type[Scalars]) -> str:
     names: dict[Any, str] = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", float: "float"}
     return ", ".join(f"{names[kind]} {name}" for name, kind in arguments.__annotations__.items())

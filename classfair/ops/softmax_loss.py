@@ -4,9 +4,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from classfair import backends, reference
-from classfair._schema import Scalars, SoftmaxLoss, Tensors
+from classfair._schema import NUM_TENSORS, Call, Options, Scalars, SoftmaxLoss, Tensors
 from classfair.ops.label_index import Cells
 from classfair.ops.penalties import Penalty, Statistics
 from classfair.ops.softmax_loss_backward import (
@@ -17,23 +18,10 @@ from classfair.ops.softmax_loss_backward import (
 )
 
 STATS_NONE, STATS_VALUES, STATS_DIFFERENTIABLE = 0, 1, 2
-NUM_TENSORS = len(Tensors._fields)
-NUM_SCHEMA = NUM_TENSORS + len(Scalars._fields)
 
 
-class Options(NamedTuple):
-    """What is done with the rows' losses; constants, flat because autograd looks for tensors at the top only."""
-
-    reduction: str = "none"
-    backend: str = "reference"
-    kind: str | None = None  # of a penalty; None: there is none
-    penalty_weight: float = 1.0
-    weighted: bool = False
-    of_cells: bool = False
-
-    @property
-    def penalty(self) -> Penalty | None:
-        return None if self.kind is None else Penalty(self.kind, *self[3:])
+def penalty_of(options: Options) -> Penalty | None:
+    return None if options.kind is None else Penalty(options.kind, *options[3:])
 
 
 class _Saved(NamedTuple):
@@ -47,11 +35,6 @@ class _Saved(NamedTuple):
     of_mass: Tensor | None  # gradients of the penalty
     of_hit: Tensor | None
     of_joint: Tensor | None
-
-
-def split(inputs: tuple) -> tuple[Tensors, Scalars, tuple]:
-    """Tensors and scalars at the head of flat inputs, and what follows them."""
-    return Tensors._make(inputs[:NUM_TENSORS]), Scalars._make(inputs[NUM_TENSORS:NUM_SCHEMA]), inputs[NUM_SCHEMA:]
 
 
 def count_table(counts: Tensor, shape: torch.Size) -> Tensor:
@@ -85,8 +68,17 @@ class SoftmaxLossFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Any, ...]:
-        t, s, (key, num_cells, *rest) = split(inputs)
-        options = Options._make(rest)
+        return SoftmaxLossFunction.compute(Call.of(inputs))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_forward(*SoftmaxLossFunction.remember(ctx, Call.of(inputs), output))
+        ctx.num_outputs = len(output)
+
+    @staticmethod
+    def compute(call: Call) -> tuple[Any, ...]:
+        """The outputs."""
+        t, s, key, num_cells, options = call
         loss, lse, lse_raw, prediction, mass, hit, joint, counts, total_weight, loss_sum = backends.namespace(
             options.backend
         ).softmax_loss_fwd(*t, *s)
@@ -95,56 +87,59 @@ class SoftmaxLossFunction(torch.autograd.Function):
         if not s.stats:
             return loss, lse, total_weight
         gradients: tuple[Tensor, ...] = ()
-        if options.penalty is not None:
+        if (penalty := penalty_of(options)) is not None:
             statistics = Statistics(mass, hit, joint, count_table(counts, mass.shape), key, num_cells)
-            value, every = statistics.value_and_gradients(options.penalty, options.backend)
+            value, every = statistics.value_and_gradients(penalty, options.backend)
             loss = torch.add(loss, value, alpha=options.penalty_weight)
             gradients = tuple(g for g in every if g is not None)
         sums = (mass, hit) if t.cell is None else (mass, hit, joint)
         return loss, lse, *sums, total_weight, lse_raw, prediction, counts, *gradients
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        t, ctx.scalars, (key, num_cells, *rest) = split(inputs)
-        ctx.options = options = Options._make(rest)
+    def remember(ctx: Any, call: Call, output: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+        """Note what the backward needs; returns the tensors."""
+        t, ctx.scalars, key, num_cells, options = call
+        ctx.options = options
         ctx.set_materialize_grads(False)
         lse, lse_raw, total_weight = output[1], output[1], output[2]
         gradients: list[Tensor | None] = [None, None, None]
         if ctx.scalars.stats:
             total_weight, lse_raw, _, _, *given = output[2 + num_sums(t) :]
-            if options.penalty is not None:
+            if penalty_of(options) is not None:
                 places = (0, 1) if options.kind == "iou" else (2,) if options.of_cells else (0,)
                 for place, gradient in zip(places, given, strict=True):
                     gradients[place] = gradient
         saved = (*t, *_Saved(lse, lse_raw, total_weight, key, num_cells, *gradients))
         ctx.save_for_backward(*saved)
-        ctx.save_for_forward(*saved)
-        ctx.num_outputs = len(output)
         ctx.mark_non_differentiable(*output[num_differentiable(t, ctx.scalars) :])
+        return saved
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple:
-        tensors, s, options = ctx.saved_tensors, ctx.scalars, ctx.options
+        tensors, s, options, needs = ctx.saved_tensors, ctx.scalars, ctx.options, ctx.needs_input_grad
         t, saved = Tensors._make(tensors[:NUM_TENSORS]), _Saved._make(tensors[NUM_TENSORS:])
-        loss, lse, *sums = grads[: num_differentiable(t, s)]
-        statistics, scale = [*sums, None, None, None][:3], None
-        if loss is not None and options.penalty is not None:
+        loss, lse = grads[:2]
+        statistics: list[Tensor | None] = [None, None, None]
+        if s.stats == STATS_DIFFERENTIABLE:
+            statistics[: num_sums(t)] = grads[2 : 2 + num_sums(t)]
+        scale = None
+        if loss is not None and options.kind is not None:
             statistics, scale = _with_penalty(loss, statistics, t, s, saved, options)
         if loss is not None and options.reduction != "none":
             if options.reduction == "mean":
                 loss = loss / mean_denominator(saved.total_weight, s.label_smoothing)
-            loss = loss.expand(saved.lse.shape[0])
-        upstream = (loss, *(g if g is None else g.contiguous() for g in (lse, *statistics)), scale)
-        arguments = (*upstream, *t, saved.lse, saved.lse_raw, *s, *ctx.needs_input_grad[1:4])
+            if torch.is_grad_enabled():  # whose formula knows no number for all rows
+                loss = loss.expand(saved.lse.shape[0])
+        others = [g if g is None else g.contiguous() for g in (lse, *statistics)]
+        arguments = (loss, *others, scale, *t, saved.lse, saved.lse_raw, *s, *needs[1:NUM_DIFFERENTIABLE])
         # Without create_graph the nested Function would only cost time: 0.05 ms a call.
         if torch.is_grad_enabled():
             function = SoftmaxLossBackward if torch.compiler.is_compiling() else SoftmaxLossBackwardForwardMode
             result = function.apply(*arguments, options.backend)
         else:
             result = backends.namespace(options.backend).softmax_loss_bwd(*arguments)
-        needs = ctx.needs_input_grad
         given = [g if need else None for g, need in zip(result, needs, strict=False)]
-        return (*given, *(None,) * (len(needs) - len(given)))
+        return (*given, *(None,) * (len(needs) - NUM_DIFFERENTIABLE))
 
 
 def num_sums(t: Tensors) -> int:
@@ -161,7 +156,7 @@ def _with_penalty(
     upstream: Tensor, statistics: list[Tensor | None], t: Tensors, s: Scalars, saved: _Saved, options: Options
 ) -> tuple[list[Tensor | None], Tensor | None]:
     """Gradients of mass, hit and joint with those of the penalty in them, and the number that they count times."""
-    assert options.penalty is not None
+    assert penalty_of(options) is not None
     scale = upstream * options.penalty_weight
     own: tuple[Tensor | None, ...] = saved[-3:]
     if torch.is_grad_enabled():
@@ -178,7 +173,7 @@ def _differentiable_gradients(
     scale: Tensor, t: Tensors, s: Scalars, saved: _Saved, options: Options
 ) -> tuple[Tensor | None, ...]:
     """Those of the penalty as a function of the logits, for derivatives of derivatives."""
-    penalty = options.penalty
+    penalty = penalty_of(options)
     assert penalty is not None
     none = Options(backend=options.backend)
     function = SoftmaxLossFunction if torch.compiler.is_compiling() else SoftmaxLossForwardMode
@@ -206,7 +201,7 @@ class SoftmaxLossForwardMode(SoftmaxLossFunction):
 
         def formula(*values: Tensor) -> tuple[Tensor, ...]:
             own, options = Tensors._make((*values, *t[NUM_DIFFERENTIABLE:])), ctx.options
-            out = _reference(own, ctx.scalars, options.reduction, options.penalty, saved.key, saved.num_cells)
+            out = _reference(own, ctx.scalars, options.reduction, penalty_of(options), saved.key, saved.num_cells)
             outputs = (out.loss, out.lse, out.mass, out.hit, out.joint)[:number]
             return tuple(o for o in outputs if o is not None)
 
@@ -225,27 +220,27 @@ class _EagerSoftmaxLoss(SoftmaxLossForwardMode):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        *inputs, every = inputs  # type: ignore[assignment]
-        output = SoftmaxLossFunction.forward(*inputs)
-        SoftmaxLossFunction.setup_context(ctx, tuple(inputs), output)
-        t, s, _ = split(tuple(inputs))
+        call, every = inputs[NUM_DIFFERENTIABLE:]
+        output = SoftmaxLossFunction.compute(call)
+        saved = SoftmaxLossFunction.remember(ctx, call, output)
         every += output
-        ctx.num_outputs = num_differentiable(t, s)
+        ctx.num_outputs = num_differentiable(call.t, call.s)
+        if forward_ad._current_level >= 0:
+            ctx.save_for_forward(*saved)
         return output[: ctx.num_outputs]
 
 
-def _apply(*inputs: Any) -> tuple[Tensor, ...]:
+def _apply(call: Call) -> tuple[Tensor, ...]:
+    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in call.t[:NUM_DIFFERENTIABLE])
     if backends.transformed():
-        recorded = torch.is_grad_enabled() and any(
-            t is not None and t.requires_grad for t in inputs[:NUM_DIFFERENTIABLE]
-        )
         # Without a gradient the Dynamo of torch 2.10 takes a forward of any number of inputs for one that takes ctx.
-        compiling = torch.compiler.is_compiling()
-        if compiling and not recorded:
-            return SoftmaxLossFunction.forward(*inputs)
-        return (SoftmaxLossFunction if compiling else SoftmaxLossForwardMode).apply(*inputs)
+        if torch.compiler.is_compiling():
+            return SoftmaxLossFunction.apply(*call.flat()) if recorded else SoftmaxLossFunction.compute(call)
+        return SoftmaxLossForwardMode.apply(*call.flat())
+    if not recorded and forward_ad._current_level < 0:
+        return SoftmaxLossFunction.compute(call)
     every: list[Tensor] = []
-    differentiable = _EagerSoftmaxLoss.apply(*inputs, every)
+    differentiable = _EagerSoftmaxLoss.apply(*call.t[:NUM_DIFFERENTIABLE], call, every)
     return *differentiable, *every[len(differentiable) :]
 
 
@@ -277,7 +272,7 @@ def softmax_loss(
     if backend == "reference":
         return _reference(t, s, reduction, penalty, key, num_cells)
     options = Options(reduction, backend, *(penalty or ()))
-    out = _apply(*t, *s, key, num_cells, *options)
+    out = _apply(Call(t, s, key, num_cells, options))
     if not s.stats:
         return SoftmaxLoss(*out[:3])
     end = 2 + num_sums(t)
