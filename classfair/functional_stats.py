@@ -104,12 +104,10 @@ def cross_entropy_with_stats(
     check.check_choice(function, "joint", joint, (False, True, "contested"))
     if penalty is not None:
         penalty_weight = _check_penalty(function, penalty, penalty_weight, reduction, num_groups)
-    _check_statistics(function, problem, group, num_groups, label, confusion)
+    _add_group(function, problem, group, num_groups, label, confusion)
     groups, given = num_groups or 1, problem.given
     given["num_groups"] = groups
     given["stats"] = STATS_DIFFERENTIABLE if differentiable else STATS_VALUES
-    if group is not None:
-        given["group"] = check.flat_labels(function, "group", group, problem.rows_shape)
     counted = _counted_label(given)
     cells = _cells(counted, problem, groups, joint == "contested") if joint else None
     taken = None
@@ -164,9 +162,10 @@ def _cells(label: Tensor, problem: Problem, groups: int, contested: bool) -> Cel
     return contested_cells(index, groups) if contested else Cells(index.slot, index.key_of_slot, index.num_slots)
 
 
-def _check_statistics(
+def _add_group(
     function: str, problem: Problem, group: Any, num_groups: int | None, label: Any, confusion: bool
 ) -> None:
+    """Checks what the statistics are asked for with, and adds the groups."""
     soft, num_classes = "soft_target" in problem.given, problem.logits.shape[1]
     if soft and label is None:
         raise ValueError(f"{function}: expected label=(N,) with probability targets, got None")
@@ -177,7 +176,7 @@ def _check_statistics(
     if group is not None:
         if num_groups is None:
             raise ValueError(f"{function}: expected num_groups with group, got None")
-        check.check_labels_tensor(function, "group", group, problem.rows_shape)
+        problem.given["group"] = check.flat_labels(function, "group", group, problem.rows_shape)
         check.check_device(function, "group", group, problem.logits.device)
     elif num_groups is not None and num_groups > 1:
         raise ValueError(f"{function}: expected group with num_groups={num_groups}, got None")

@@ -285,8 +285,9 @@ def _reference(
     t: Tensors, s: Scalars, reduction: str, penalty: Penalty | None, key: Tensor | None, num_cells: Tensor | None
 ) -> SoftmaxLoss:
     """In plain torch, which autograd differentiates."""
-    loss, lse, *statistics, total_weight, _ = reference.softmax_loss(t, s)
-    loss = reduce_rows(loss, total_weight, s.label_smoothing, reduction)
+    loss, lse, *statistics, total_weight, loss_sum = reference.softmax_loss(t, s)
+    if reduction != "none":
+        loss = _reduced(loss_sum, total_weight, s.label_smoothing, reduction)
     if not s.stats:
         return SoftmaxLoss(loss, lse, total_weight)
     _, _, mass, hit, joint, counts = statistics
