@@ -5,12 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import classfair
 from classfair import ClassStatistics, backends, class_moments
 from classfair.statistics import COVARIANCES
+from tests.support.processes import run_processes
 
 CLASSES, DIM = 6, 7
 BACKENDS = backends.available("class_moments", "cpu")
@@ -199,8 +198,8 @@ STEPS = {
 OPTIONS = [("diag", None, None), ("diag", 0.2, 90), ("full", 0.2, None), ("none", None, 120)]
 
 
-def _rank(rank, world, path, results):
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
+def _rank(rank, world):
+    results = {}
     features, target = data()
     for covariance, momentum, max_batch in OPTIONS:
         together, alone = (ClassStatistics(CLASSES, DIM, covariance, momentum) for _ in range(2))
@@ -208,23 +207,20 @@ def _rank(rank, world, path, results):
             part = slice(*step[rank])
             together.update(features[part], target[part], max_batch=max_batch)
             alone.update(features[part], target[part], sync=False)
-        results[rank, covariance, momentum] = (together.state_dict(), alone.count)
-    dist.destroy_process_group()
+        results[covariance, momentum] = (together.state_dict(), alone.count)
+    return results
 
 
 @pytest.mark.parametrize("world", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3))])
 def test_processes_equal_one(world, tmp_path):
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(_rank, (world, str(tmp_path / "rendezvous"), results), nprocs=world)
-        results = dict(results)
+    results = run_processes(_rank, world, tmp_path, world)
     features, target = data()
     for covariance, momentum, _ in OPTIONS:
         expected = ClassStatistics(CLASSES, DIM, covariance, momentum)
         for step in STEPS[world]:
             rows = torch.cat([torch.arange(*part) for part in step])
             expected.update(features[rows], target[rows])
-        ranks = [results[r, covariance, momentum] for r in range(world)]
+        ranks = [result[covariance, momentum] for result in results]
         for state, _ in ranks:
             for name, value in expected.state_dict().items():
                 assert torch.equal(state[name], ranks[0][0][name]), f"{name} differs between processes"

@@ -6,8 +6,6 @@ import math
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch._subclasses import FakeTensorMode
 
 import classfair
@@ -19,6 +17,7 @@ from classfair import (
     intersection_over_union,
     iou_loss,
 )
+from tests.support.processes import run_processes
 
 BACKENDS = backends.available("penalties", "cpu")
 
@@ -395,8 +394,8 @@ def test_contested_cells_of_two_mixed_labels_are_those_of_the_larger_share():
     assert values[0] > 0
 
 
-def _rank(rank, splits, path, results):
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=len(splits))
+def _rank(rank, splits):
+    results = {}
     logits, target, group = batch()
     part = slice(*splits[rank])
     for name, (penalty, _) in PENALTIES.items():
@@ -409,7 +408,7 @@ def _rank(rank, splits, path, results):
         options = {"group": group[part], "num_groups": 3, "joint": True, "reduction": "sum"}
         taken, _ = cross_entropy_with_stats(z, target[part], penalty=penalty, **options)  # is of all processes, too
         assert (taken - cross_entropy_with_stats(z, target[part], **options)[0]).item() == pytest.approx(value.item())
-        results[rank, name] = (value.item(), gradient / len(splits), again.item(), local.item())
+        results[name] = (value.item(), gradient / len(splits), again.item(), local.item())
     torch.func.grad(lambda z: iou_loss(statistics(z, target[part], group[part])))(logits[part])  # transforms, too
     with pytest.raises(ValueError, match="expected statistics of this process, got those of all"):
         stats.all_reduce().all_reduce()
@@ -421,7 +420,7 @@ def _rank(rank, splits, path, results):
     assert local[0] == pytest.approx(local[1])
     with pytest.raises(ValueError, match="expected both of all processes or both of this one"):
         stats + stats.all_reduce()
-    dist.destroy_process_group()
+    return results
 
 
 @pytest.mark.slow
@@ -430,14 +429,11 @@ def test_processes_equal_one(splits, tmp_path):
     """Unequal and empty batches; DDP averages what each process computes of the whole."""
     logits, target, group = batch()
     logits.requires_grad_()
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(_rank, (splits, str(tmp_path / "rendezvous"), results), nprocs=len(splits))
-        results = dict(results)
+    results = run_processes(_rank, len(splits), tmp_path, splits)
     for name, (penalty, _) in PENALTIES.items():
         value = penalty(statistics(logits, target, group))
         (expected,) = torch.autograd.grad(value, logits)
-        found = [results[r, name] for r in range(len(splits))]
+        found = [result[name] for result in results]
         torch.testing.assert_close(torch.cat([f[1] for f in found]), expected, msg=name)
         assert all(f[0] == pytest.approx(value.item()) and f[2] == f[0] for f in found), name
         for (begin, end), f in zip(splits, found, strict=True):

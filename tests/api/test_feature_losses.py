@@ -6,11 +6,11 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 
 import classfair
 from classfair import ClassStatistics, ISDALoss, LogitAdjustedLoss, MetaLADLoss, MixedTarget
+from tests.support.processes import run_processes
 
 N, C, D = 40, 7, 5
 COUNTS = [50, 30, 20, 10, 5, 3, 1]
@@ -353,8 +353,8 @@ def test_wrong_arguments(call, error, message):
         call(*problem(torch.float32))
 
 
-def _rank(rank, world, splits, path, results):
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
+def _rank(rank, splits):
+    results = {}
     for name, make in MAKERS.items():
         criterion = make(reduction="sum")
         features, weight, bias, target = problem(torch.float32)
@@ -363,8 +363,8 @@ def _rank(rank, world, splits, path, results):
             loss = criterion(features[part], weight, target[part], linear_bias=bias)
         gradient = torch.autograd.grad(loss, weight)[0]
         dist.all_reduce(gradient)
-        results[name, rank] = (gradient, {k: v for k, v in criterion.state_dict().items() if torch.is_tensor(v)})
-    dist.destroy_process_group()
+        results[name] = (gradient, {k: v for k, v in criterion.state_dict().items() if torch.is_tensor(v)})
+    return results
 
 
 @pytest.mark.parametrize(
@@ -376,18 +376,15 @@ def _rank(rank, world, splits, path, results):
     ids=len,
 )
 def test_processes_equal_one(splits, tmp_path):
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(_rank, (len(splits), splits, str(tmp_path / "rendezvous"), results), nprocs=len(splits))
-        results = dict(results)
+    results = run_processes(_rank, len(splits), tmp_path, splits)
     for name, make in MAKERS.items():
         criterion = make(reduction="sum")
         features, weight, bias, target = problem(torch.float32)
         for _ in range(2):
             loss = criterion(features, weight, target, linear_bias=bias)
         expected = torch.autograd.grad(loss, weight)[0]
-        for rank in range(len(splits)):
-            gradient, state = results[name, rank]
+        for result in results:
+            gradient, state = result[name]
             torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4)
             for key, value in criterion.state_dict().items():
                 if torch.is_tensor(value):

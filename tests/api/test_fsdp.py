@@ -4,8 +4,6 @@ import warnings
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -16,6 +14,7 @@ from classfair import MixedTarget
 from classfair.losses import FeatureLoss
 from tests.project.test_docs import ROOT, python_blocks, run_block
 from tests.support.losses import LOSSES, C, D
+from tests.support.processes import run_processes
 
 RECIPES = ROOT / "docs" / "recipes.md"
 
@@ -86,31 +85,26 @@ def sharded(name, how, mesh):
     return fully_shard(model, mesh=mesh)
 
 
-def _train_sharded(rank, world, path, results):
+def _train_sharded(rank, world):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
+    results = {}
     mesh = init_device_mesh("cpu", (world,))
     images, target = (x[parts(rank, world)] for x in data())
     for how, names in SHARDED[world].items():
         for name in names:
             model = sharded(name, how, mesh)
-            result = train(model, images, target, world / ROWS, inside=how == "loss inside")
-            results[how, name, rank] = result
-    dist.barrier()
-    dist.destroy_process_group()
+            results[how, name] = train(model, images, target, world / ROWS, inside=how == "loss inside")
+    return results
 
 
 @pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_fully_sharded_processes_equal_one(world, tmp_path):
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(_train_sharded, (world, str(tmp_path / "rendezvous"), results), nprocs=world)
-        results = dict(results)
+    results = run_processes(_train_sharded, world, tmp_path, world)
     for name in LOSSES:
         gradients, state = train(Classifier(name), *data(), 1 / ROWS, inside=True)
         for how in (how for how, names in SHARDED[world].items() if name in names):
-            for rank in range(world):
-                got, got_state = results[how, name, rank]
+            for result in results:
+                got, got_state = result[how, name]
                 for a, b in zip(got, gradients, strict=True):
                     # Sums of 23 rows in another order, twice through a step of descent.
                     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=lambda m, at=(how, name): f"{at} {m}")
@@ -148,16 +142,16 @@ def losses_of(logits, target, group, sample_weight):
     return [v.detach() for v in values], gradients, stats.count
 
 
-def _distributed_logits(rank, world, path, results):
+def _distributed_logits(rank, world):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
+    results = {}
     mesh = init_device_mesh("cpu", (world,))
     for name, placement in {"replicated": Replicate(), "sharded": Shard(0)}.items():
         inputs = [distribute_tensor(x, mesh, [placement]) for x in logits_problem()]
-        results[name, rank] = losses_of(inputs[0].requires_grad_(), *inputs[1:])
+        results[name] = losses_of(inputs[0].requires_grad_(), *inputs[1:])
     logits, target, *_ = logits_problem()
     local = DTensor.from_local(logits / world, mesh, [Partial()]).requires_grad_()
-    results["partial", rank] = classfair.cross_entropy(local, target).detach()
+    results["partial"] = classfair.cross_entropy(local, target).detach()
     errors = []
     for call in (classfair.cross_entropy, classfair.cross_entropy_with_stats, LOSSES["ldam"]()):
         try:
@@ -169,12 +163,11 @@ def _distributed_logits(rank, world, path, results):
         criterion(rows, torch.randn(C, D), target)
     except TypeError as error:
         errors.append(str(error))
-    results["errors", rank] = errors
-    results["weights", rank] = [_weight_gradient(rank, world, where) for where in _meshes(world)]
+    results["errors"] = errors
+    results["weights"] = [_weight_gradient(rank, world, where) for where in _meshes(world)]
     (block,) = (block for block in python_blocks(RECIPES) if "fully_shard" in block)
-    results["recipe", rank] = _recipe(parts(rank, world), world / ROWS, run_block(block)["shard"])
-    dist.barrier()
-    dist.destroy_process_group()
+    results["recipe"] = _recipe(parts(rank, world), world / ROWS, run_block(block)["shard"])
+    return results
 
 
 def _meshes(world):
@@ -213,30 +206,27 @@ def _weight_gradient(rank, world, where):
 
 def test_distributed_tensors(tmp_path):
     world = 2
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(_distributed_logits, (world, str(tmp_path / "rendezvous"), results), nprocs=world)
-        results = dict(results)
+    results = run_processes(_distributed_logits, world, tmp_path, world)
     logits, target, *others = logits_problem()
     expected = losses_of(logits.requires_grad_(), target, *others)
     weight, features, labels = _weight_problem(slice(None))
     loss = LOSSES["isda"](reduction="sum")(features, weight.requires_grad_(), labels) / ROWS
     (weight_gradient,) = torch.autograd.grad(loss, weight)
-    for rank in range(world):
+    for result in results:
         for name in ("replicated", "sharded"):
-            values, gradients, count = results[name, rank]
+            values, gradients, count = result[name]
             torch.testing.assert_close(values, expected[0])
             torch.testing.assert_close(gradients, expected[1])
             assert torch.equal(count, expected[2])
-        torch.testing.assert_close(results["partial", rank], classfair.cross_entropy(logits, target).detach())
-        for got, wanted in zip(results["recipe", rank], _recipe(slice(None), 1 / ROWS), strict=True):
+        torch.testing.assert_close(result["partial"], classfair.cross_entropy(logits, target).detach())
+        for got, wanted in zip(result["recipe"], _recipe(slice(None), 1 / ROWS), strict=True):
             torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
-        *sharded_classes, sharded_features = results["errors", rank]
+        *sharded_classes, sharded_features = result["errors"]
         assert len(sharded_classes) == 3
         for message in sharded_classes:
             assert "expected logits with all classes on each process, got a DTensor with placements" in message
         assert "ISDALoss: expected features as a plain tensor of this process's samples, got a DTensor" in (
             sharded_features
         )
-        for gradient in results["weights", rank]:
+        for gradient in result["weights"]:
             torch.testing.assert_close(gradient, weight_gradient, rtol=1e-4, atol=1e-5)

@@ -8,13 +8,12 @@ import weakref
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from classfair.nn import CosineLinear, replace_head, with_features
+from tests.support.processes import run_processes
 
 
 def normal(*shape, seed=0, dtype=torch.float32):
@@ -509,8 +508,7 @@ def feature_loss(features, logits, weight, target):
     return F.cross_entropy(logits, target, reduction="sum") + (features - centre).square().sum()
 
 
-def _rank(rank, world, path, results):
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
+def _rank(rank, world):
     torch.manual_seed(rank)  # DDP must make the weights equal
     model = small_model()
     with pytest.raises(ValueError, match="expected a plain model, got DistributedDataParallel"):
@@ -522,8 +520,7 @@ def _rank(rank, world, path, results):
     loss = feature_loss(features, logits, net.module.head.weight, target[part])
     (loss * world).backward()  # DDP averages
     state = {name: p.detach() for name, p in model.named_parameters()}
-    results[rank] = (list(net.state_dict()), state, {name: p.grad for name, p in model.named_parameters()})
-    dist.destroy_process_group()
+    return list(net.state_dict()), state, {name: p.grad for name, p in model.named_parameters()}
 
 
 def small_model():
@@ -532,10 +529,7 @@ def small_model():
 
 @pytest.mark.slow
 def test_gradients_of_processes_equal_one(tmp_path):
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(_rank, (2, str(tmp_path / "rendezvous"), results), nprocs=2)
-        (names, state, gradients), other = results[0], results[1]
+    (names, state, gradients), other = run_processes(_rank, 2, tmp_path, 2)
     model = small_model()
     assert names == [f"module.{name}" for name in model.state_dict()]
     model.load_state_dict(state)

@@ -9,13 +9,12 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix
 from torch.utils import _pytree as pytree
 
 from classfair import BatchStats, MixedTarget, backends, cross_entropy, cross_entropy_with_stats
 from classfair.ops import label_index
+from tests.support.processes import run_processes
 
 
 def batch(rows=60, classes=5, seed=0, dtype=torch.float32):
@@ -211,8 +210,7 @@ def test_images_of_labels():
     assert stats.count.sum().item() == 30
 
 
-def _rank(rank, world, splits, path, results):
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
+def _rank(rank, splits):
     logits, target, group = batch(dtype=torch.float64)
     part = slice(*splits[rank])
     z = logits[part].requires_grad_()
@@ -220,8 +218,7 @@ def _rank(rank, world, splits, path, results):
     total = stats.all_reduce()
     # A non-linear function of the sums: each rank computes it, and DDP would average the gradients.
     (gradient,) = torch.autograd.grad(total.mass.square().sum() + total.hit.pow(3).sum(), z)
-    results[rank] = (gradient / world, total.count, total.mass.detach())
-    dist.destroy_process_group()
+    return gradient / len(splits), total.count, total.mass.detach()
 
 
 @pytest.mark.parametrize("splits", [[(0, 60)], [(0, 17), (17, 60)], [(0, 40), (40, 40), (40, 60)]])
@@ -230,12 +227,9 @@ def test_processes_equal_one(splits, tmp_path):
     logits.requires_grad_()
     _, stats = cross_entropy_with_stats(logits, target, group=group, num_groups=3)
     (expected,) = torch.autograd.grad(stats.mass.square().sum() + stats.hit.pow(3).sum(), logits)
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(_rank, (len(splits), splits, str(tmp_path / "rendezvous"), results), nprocs=len(splits))
-        results = dict(results)
-    torch.testing.assert_close(torch.cat([results[r][0] for r in range(len(splits))]), expected)
-    for _, count, mass in results.values():
+    results = run_processes(_rank, len(splits), tmp_path, splits)
+    torch.testing.assert_close(torch.cat([result[0] for result in results]), expected)
+    for _, count, mass in results:
         assert torch.equal(count, stats.count)
         torch.testing.assert_close(mass, stats.mass.detach())
 

@@ -9,7 +9,6 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAUROC
 
@@ -29,6 +28,7 @@ from tests.support.metric_cases import (
     samples,
     values,
 )
+from tests.support.processes import run_processes
 
 matplotlib.use("Agg")
 pytestmark = pytest.mark.filterwarnings("ignore:The ``compute`` method of metric:UserWarning")
@@ -207,10 +207,7 @@ def test_batch_averages_never_share_states():
 def test_processes_equal_one(tmp_path):
     """One, two and three processes, one of which never has a sample."""
     logits, target, group = samples()
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(run_rank, (3, str(tmp_path / "rendezvous"), results), nprocs=3)
-        results = dict(results)
+    results = run_processes(run_rank, 3, tmp_path)
     assert [len(results[rank]) for rank in range(3)] == [3 * len(AVERAGED), 2 * len(AVERAGED), len(AVERAGED)]
     for name, make in AVERAGED.items():
         metric = make()
@@ -227,10 +224,7 @@ def test_processes_equal_one(tmp_path):
 @pytest.mark.slow
 def test_penalties_as_metrics_of_unequal_processes(tmp_path):
     """Two batches and three: no collective of a penalty inside ``compute``."""
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(run_unequal_rank, (str(tmp_path / "rendezvous"), results), nprocs=2)
-        results = dict(results)
+    results = run_processes(run_unequal_rank, 2, tmp_path)
     alone, together = penalties_of(UNEQUAL[0]), penalties_of(UNEQUAL[0] + UNEQUAL[1])
     assert results[0][0] == pytest.approx(alone, rel=1e-9)
     for rank in range(2):
