@@ -46,6 +46,12 @@ C10_HOST_DEVICE A weighted_loss(A sample_weight, A loss) {
   return sample_weight == A(0) ? A(0) : sample_weight * loss;
 }
 
+// The mean of weighted losses. Of weight 0 it is 0 / 0 with smoothing too, as torch, whose hard part is that.
+template <class A>
+C10_HOST_DEVICE A mean(A sum, A total_weight, bool smoothed) {
+  return sum / (smoothed && total_weight == A(0) ? A(NAN) : total_weight);
+}
+
 // One row's labels, resolved.
 template <class A>
 struct RowLabels {

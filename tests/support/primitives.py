@@ -110,7 +110,7 @@ class SoftmaxLoss(Primitive):
                 joint = None
             given = (loss, lse, mass, hit, joint, None if mass is None else mass.new_tensor(2.0))
             wants = [tensor is not None for tensor in (t.offset, t.margin, t.pair)]
-            yield "softmax_loss_bwd", (*given, *t, out[1], out[2], *s, *wants)
+            yield "softmax_loss_bwd", (*given, *t, out[1], out[2], out[8], *s, *wants)
 
 
 def schema_arguments(inputs: Inputs) -> tuple[Tensors, Scalars]:
