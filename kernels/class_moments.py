@@ -13,8 +13,8 @@ _PIECE_ROWS = 64  # of a slot, on average, above which it is split over programs
 _MAX_SPLITS = 1024
 _MERGED = 1024  # columns of a program of the merge
 
-# Features of larger size make their row one that is not finite: squares of up to 10^7 such rows add up without an
-# overflow, and leave room for what is multiplied with a variance. By the type of the moments.
+# Features of larger size, by the type of the moments, make their row one that is not finite: squares of 10^7 such rows
+# add up without an overflow, and leave room for what is multiplied with a variance.
 _LARGEST_FEATURE = {torch.float32: 1e15, torch.float64: 1e150}
 
 
@@ -148,6 +148,15 @@ def _changes(share, mean, mean_error, variance, own_mean, own_variance):
 
 
 @triton.jit
+def _load(values, at, inside, ACC: tl.constexpr):
+    """Zeros where there is no tensor."""
+    if values is None:
+        return tl.zeros(at.shape, ACC)
+    else:
+        return tl.load(values + at, mask=inside, other=0.0)
+
+
+@triton.jit
 def _store_sum(state, error, target, inside, share, old, was, change, own):
     """Adds a change, and what rounding left out of the state before, and keeps what it leaves out now (Knuth's TwoSum).
     A share of 1 takes what is given."""
@@ -191,10 +200,8 @@ def _combine_kernel(
         piece = split * slots + slot
         own = tl.load(piece_count + piece)
         share = _share(n, own, None, ACC)
-        own_mean = tl.load(piece_mean + piece * num_columns + columns, mask=inside, other=0.0)
-        own_spread = center
-        if variance is not None:
-            own_spread = tl.load(piece_variance + piece * num_columns + columns, mask=inside, other=0.0)
+        at = piece * num_columns + columns
+        own_mean, own_spread = _load(piece_mean, at, inside, ACC), _load(piece_variance, at, inside, ACC)
         step, change = _changes(share, center, 0.0, spread, own_mean, own_spread)
         center = tl.where(share == 1.0, own_mean, center + step)
         spread = tl.where(share == 1.0, own_spread, spread + change)
@@ -276,19 +283,10 @@ def _merge_kernel(
         inside = columns < num_columns
         source = row * num_columns + columns
         target = label * num_columns + columns
-        own_mean = tl.load(mean + source, mask=inside, other=0.0)
-        own_variance = tl.zeros((BLOCK_D,), ACC)
-        spread = own_variance
-        mean_error = own_variance
-        variance_error = own_variance
-        if variance is not None:
-            own_variance = tl.load(variance + source, mask=inside, other=0.0)
-            spread = tl.load(state_variance + target, mask=inside, other=0.0)
-        if state_mean_error is not None:
-            mean_error = tl.load(state_mean_error + target, mask=inside, other=0.0)
-        if state_variance_error is not None:
-            variance_error = tl.load(state_variance_error + target, mask=inside, other=0.0)
-        center = tl.load(state_mean + target, mask=inside, other=0.0)
+        own_mean, own_variance = _load(mean, source, inside, ACC), _load(variance, source, inside, ACC)
+        center, spread = _load(state_mean, target, inside, ACC), _load(state_variance, target, inside, ACC)
+        mean_error = _load(state_mean_error, target, inside, ACC)
+        variance_error = _load(state_variance_error, target, inside, ACC)
         step, change = _changes(share, center, mean_error, spread, own_mean, own_variance)
         _store_sum(state_mean, state_mean_error, target, inside, share, center, mean_error, step, own_mean)
         if variance is not None:
@@ -312,8 +310,7 @@ def class_moments_merge(
     slots, columns = mean.shape
     block = min(_MERGED, triton.next_power_of_2(max(1, columns)))
     state = (state_count, state_mean, state_variance, state_mean_error, state_variance_error)
-    # A number would arrive in float32.
-    rate = None if momentum is None else mean.new_full((), momentum)
+    rate = None if momentum is None else mean.new_full((), momentum)  # a number would arrive in float32
     with torch.cuda.device_of(mean):
         if slots and columns:
             _merge_kernel[(slots, triton.cdiv(columns, block))](

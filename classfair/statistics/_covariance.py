@@ -1,6 +1,6 @@
 """A batch into the covariance matrices of its classes, in plain torch."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,20 @@ class State(NamedTuple):
     cov: Tensor | None  # (C, D) variances, or (C, D, D)
     mean_error: Tensor | None  # (C, D), what rounding has left out of the means; None where that is not kept
     cov_error: Tensor | None  # (C, D), and of the (diagonal) variances
+
+
+def zero_state(
+    num_classes: int, dim: int, covariance: str, dtype: torch.dtype, device: Any, errors: tuple[bool, bool]
+) -> State:
+    """The state of no sample; whether there are rounding errors of means, and of variances."""
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(num_classes, *shape, dtype=dtype, device=device)
+
+    shape = {"diag": (dim,), "full": (dim, dim)}.get(covariance)
+    count = torch.zeros(num_classes, dtype=torch.int64, device=device)
+    cov = None if shape is None else zeros(*shape)
+    return State(count, zeros(dim), cov, *(zeros(dim) if kept else None for kept in errors))
 
 
 class _Blocks(NamedTuple):

@@ -13,7 +13,7 @@ from classfair.ops import LabelIndex, SlotMoments, class_moments_merge, label_in
 from classfair.ops import class_moments as moments_by_slot
 from classfair.ops.label_index import check_index
 from classfair.reference import usable_rows
-from classfair.statistics._covariance import State, merge_covariance
+from classfair.statistics._covariance import State, merge_covariance, zero_state
 from classfair.statistics._processes import agree_on_rows, gather_moments, gather_rows, merge_batches
 
 COVARIANCES = ("diag", "full", "none")
@@ -35,20 +35,6 @@ class ClassMoments(NamedTuple):
     mean: Tensor  # (C, D)
     cov: Tensor | None  # (C, D) variances, or (C, D, D)
     nonfinite: Tensor  # () int64, samples left out because of a NaN, an infinity or a feature above 1e15 in size
-
-
-def zero_state(
-    num_classes: int, dim: int, covariance: str, dtype: torch.dtype, device: Any, errors: tuple[bool, bool]
-) -> State:
-    """The state of no sample; whether there are rounding errors of means, and of variances."""
-
-    def zeros(*shape: int) -> Tensor:
-        return torch.zeros(num_classes, *shape, dtype=dtype, device=device)
-
-    shape = {"diag": (dim,), "full": (dim, dim)}.get(covariance)
-    count = torch.zeros(num_classes, dtype=torch.int64, device=device)
-    cov = None if shape is None else zeros(*shape)
-    return State(count, zeros(dim), cov, *(zeros(dim) if kept else None for kept in errors))
 
 
 def _moments(features: Tensor, index: LabelIndex, state: State, *, variance: bool, backend: str | None) -> SlotMoments:
