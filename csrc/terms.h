@@ -90,6 +90,9 @@ C10_HOST_DEVICE RowLabels<A> resolve_labels(const In& in, int64_t i) {
     if (in.pair != nullptr) row.slot = in.slot ? in.slot[i] : row.a;
     if (row.slot < 0 || row.slot >= in.pair_rows) row.slot = -1;
   }
+  // A label without a share has no part in anything: 0 times an infinity would be NaN.
+  if (row.share_a == A(0)) row.a = -1;
+  if (row.share_b == A(0)) row.b = -1;
   return row;
 }
 

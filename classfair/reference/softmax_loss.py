@@ -151,7 +151,7 @@ def _total_weight(raw: Tensor, labels: Labels, t: Tensors) -> Tensor:
     parts = [(None, ones)] if t.soft_target is not None else labels.labels
     total = torch.zeros((), dtype=torch.float64, device=raw.device)
     for y, share in parts:
-        w = share if t.weight is None or y is None else share * t.weight[y]
+        w = share if t.weight is None or y is None else torch.where(share == 0, 0.0, share * t.weight[y])
         if t.sample_weight is not None:
             w = w * t.sample_weight
         total = total + torch.where(labels.valid, w, 0.0).sum(dtype=torch.float64)

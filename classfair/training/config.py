@@ -111,8 +111,8 @@ class TrainConfig:
     loss_warmup: int = _option(0, "Epochs over which the loss turns from plain cross-entropy into itself.")
     effective_frequency: str = _option(
         "",
-        "Run folder of an earlier job. Its effective frequencies take the place of class counts (la) or multiply them "
-        "(cb): classes that are hard count as rare.",
+        "Run folder of an earlier job. Its effective frequencies (la), times its numbers of validation images (cb), "
+        "take the place of class counts: classes that are hard count as rare.",
         metavar="RUN",
     )
     sampler: str = _option("shuffle", "Order of training images.", metavar="{shuffle,class-balanced}")

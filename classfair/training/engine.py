@@ -39,7 +39,7 @@ from classfair.training.objective import (
     build_lr_schedule,
     build_optimizer,
     build_schedules,
-    read_effective_frequency,
+    read_effective_counts,
 )
 from classfair.training.run_folder import CHECKPOINT_VERSION, RunFolder
 from classfair.training.saved import check_same_images, check_state, newest_checkpoint
@@ -85,16 +85,16 @@ class Run:
         self.device, self.processes = device, processes
         num_classes = len(data.class_names)
         counts = classfair.class_counts(data.train_targets, num_classes)
-        frequency = None
+        effective = None
         if config.effective_frequency:
-            frequency = read_effective_frequency(Path(config.effective_frequency), seed, data.class_names)
+            effective = read_effective_counts(Path(config.effective_frequency), loss, seed, data.class_names)
         self.model: nn.Module = build_model(config, num_classes, seed, cosine=loss == "ldam")
         feature_dim = 0
         if loss in FEATURE_LOSSES:
             self.model = with_features(self.model)
             feature_dim = cast(Tensor, self.model.head.weight).shape[1]
         self.model.to(device)
-        self.criterion = build_criterion(loss, config, counts, frequency, feature_dim).to(device)
+        self.criterion = build_criterion(loss, config, counts, effective, feature_dim).to(device)
         self.optimizer = build_optimizer(self.model, config)
         self.lr_schedule = build_lr_schedule(self.optimizer, config)
         self.schedules = build_schedules(self.criterion, config, counts)

@@ -124,7 +124,8 @@ def test_class_moments(shape, variance, dtype, compiled):
     count, mean, own, _ = class_moments.class_moments(torch.zeros(shape, dtype=dtype), rows, rows, start, variance)
     for momentum in (None, 0.1):
         spread = own if variance else None
-        class_moments.class_moments_merge(start[1:], mean, spread, rows[:4], count, mean, spread, spread, momentum)
+        state = (count, mean, spread, mean, spread)
+        class_moments.class_moments_merge(start[1:], mean, spread, rows[:4], *state, momentum)
     names = {"_finite_kernel", "_moments_kernel", "_merge_kernel"} | ({"_combine_kernel"} if shape[0] > 70 else set())
     _check(compiled, names)
 
