@@ -87,12 +87,12 @@ def by_double_backward(problem: Problem, direction: list[Tensor]) -> Tensor:
 
 
 def by_finite_difference(problem: Problem, direction: list[Tensor]) -> Tensor:
-    """Central; the direction has norm 1."""
+    """Central, of forward passes in full precision; the direction has norm 1."""
     theta, acc = problem.theta, check.acc_dtype(direction[0])
     step = torch.finfo(acc).eps ** (1 / 3)
 
     def gradient(sign: int) -> Tensor:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(direction[0].device.type, enabled=False):
             pairs = zip(theta.items(), direction, strict=True)
             out = problem.run({name: p + sign * step * d for (name, p), d in pairs})
         return gradients(problem.loss(out), [problem.omega])[0]
