@@ -464,26 +464,24 @@ def two_iterations(step, images, target, meta, meta_target):
 WEIGHT = torch.tensor([0.5, 1.0, 1.5, 2.0, 3.0]).double()
 
 
-def in_process(rank, method, splits, states):
-    step = problem(method, weight=WEIGHT)
-    for part, state in zip((step.model, step.criterion, step.optimizer), states, strict=True):
-        part.load_state_dict(copy.deepcopy(state))  # processes share the memory of their arguments
-    step = MetaLADStep(DistributedDataParallel(step.model), step.criterion, step.optimizer, method=method, meta_lr=2.0)
-    images, target, meta, meta_target = batch()
-    part, meta_part = splits[rank]
-    return two_iterations(step, images[part], target[part], meta[meta_part], meta_target[meta_part])
+CASES = [*((method, SPLITS) for method in (*EVERY, "last_layer")), ("jvp", EMPTY)]
 
 
-@pytest.mark.parametrize(("method", "splits"), [*((m, SPLITS) for m in (*EVERY, "last_layer")), ("jvp", EMPTY)])
-def test_two_processes_are_one(method, splits, tmp_path):
-    alone = problem(method, weight=WEIGHT, meta_lr=2.0)
-    states = [copy.deepcopy(part.state_dict()) for part in (alone.model, alone.criterion, alone.optimizer)]
-    expected = two_iterations(alone, *batch())
-    for got in run_processes(in_process, 2, tmp_path, method, splits, states):
-        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-9)
+def in_process(rank, states):
+    results = []
+    for (method, splits), saved in zip(CASES, copy.deepcopy(states), strict=True):  # processes share their arguments
+        step = problem(method, weight=WEIGHT)
+        for part, state in zip((step.model, step.criterion, step.optimizer), saved, strict=True):
+            part.load_state_dict(state)
+        net = DistributedDataParallel(step.model)
+        step = MetaLADStep(net, step.criterion, step.optimizer, method=method, meta_lr=2.0)
+        images, target, meta, meta_target = batch()
+        part, meta_part = splits[rank]
+        results.append(two_iterations(step, images[part], target[part], meta[meta_part], meta_target[meta_part]))
+    return results, refusal()
 
 
-def without_ddp(rank):
+def refusal():
     step = problem()
     try:
         step(*batch())
@@ -491,6 +489,10 @@ def without_ddp(rank):
         return str(error)
 
 
-def test_a_plain_model_in_several_processes_is_refused(tmp_path):
-    expected = "MetaLADStep: expected model in DistributedDataParallel with several processes"
-    assert run_processes(without_ddp, 2, tmp_path) == [expected] * 2
+def test_two_processes_are_one(tmp_path):
+    every = [problem(method, weight=WEIGHT, meta_lr=2.0) for method, _ in CASES]
+    states = [[copy.deepcopy(p.state_dict()) for p in (s.model, s.criterion, s.optimizer)] for s in every]
+    expected = [two_iterations(step, *batch()) for step in every]
+    for got, refused in run_processes(in_process, 2, tmp_path, states):
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-9)
+        assert refused == "MetaLADStep: expected model in DistributedDataParallel with several processes"
