@@ -113,7 +113,8 @@ class Run:
         self.net = self._parallel()
         self.meta: MetaLearning | None = None
         if loss == "metalad" and data.meta is not None:
-            self.meta = MetaLearning(self.model, self.criterion, self.optimizer, self.scaler, data, config)
+            parts = (self.model, self.criterion, self.optimizer, self.scaler)
+            self.meta = MetaLearning(*parts, data, config, seed, processes)
 
     def _parallel(self) -> nn.Module:
         """What the training step calls: the model, its gradients averaged over all processes."""
@@ -136,7 +137,7 @@ class Run:
         order = TrainingOrder(self.data.train_targets, self.config, self.seed, self.epoch, self.processes)
         groups = None if self.data.groups is None else self.data.groups.train
         batches = self._batches(self.data.train, order, groups)
-        meta = None if self.meta is None else self._batches(*self.meta.begin(self, order.steps), None)
+        meta = None if self.meta is None else self._batches(*self.meta.begin(self.epoch, order.steps), None)
         for step in range(order.steps):
             window = []
             for part in range(self.config.grad_accum):
@@ -220,9 +221,7 @@ class Run:
             raise BadImageError(f"expected {part} images that can be read, got none")
         return totals
 
-    def _batches(
-        self, dataset: Dataset[Any], order: Sampler[Request], groups: Tensor | None
-    ) -> Iterator[Batch]:
+    def _batches(self, dataset: Dataset[Any], order: Sampler[Request], groups: Tensor | None) -> Iterator[Batch]:
         """Images where they were loaded, the rest on the device: weights of targets come before the first forward pass.
 
         The loader, which iterates over the order too, keeps it: so groups need not pass through data sets.

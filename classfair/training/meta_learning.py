@@ -6,7 +6,7 @@ import csv
 import io
 from dataclasses import replace
 from itertools import count
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,10 +20,7 @@ from classfair.losses.metalad import TERMS
 from classfair.training.batches import Data, Draw, Request, TrainingOrder, derived_seed, ignored
 from classfair.training.config import TrainConfig
 from classfair.training.distributed import Processes
-
-if TYPE_CHECKING:
-    from classfair.training.engine import Batch, Run
-    from classfair.training.run_folder import RunFolder
+from classfair.training.run_folder import RunFolder
 
 
 def meta_indices(config: TrainConfig, targets: Tensor, seed: int, names: list[str]) -> Tensor:
@@ -74,8 +71,11 @@ class MetaLearning:
         scaler: torch.amp.GradScaler,
         data: Data,
         config: TrainConfig,
+        seed: int,
+        processes: Processes,
     ) -> None:
         self.criterion, self.data, self.config = cast(classfair.MetaLADLoss, criterion), data, config
+        self.seed, self.processes = seed, processes
         options: dict[str, Any] = {"meta_lr": config.meta_lr, "method": config.meta_method}
         self.step = classfair.MetaLADStep(
             model, self.criterion, optimizer, scaler=scaler if scaler.is_enabled() else None, **options
@@ -105,21 +105,21 @@ class MetaLearning:
             raise ValueError(str(error).removeprefix("MetaLADStep: ").replace("method=", "meta_method ")) from None
 
     @torch.no_grad()
-    def begin(self, run: Run, steps: int) -> tuple[Dataset[Any], MetaOrder]:
+    def begin(self, epoch: int, steps: int) -> tuple[Dataset[Any], MetaOrder]:
         """What to take meta batches from in an epoch. Omega is 0, cross-entropy, until it starts."""
-        self._epoch, omega = run.epoch, self.criterion.omega
-        if run.epoch == self.config.meta_start:
+        self._epoch, omega = epoch, self.criterion.omega
+        if epoch == self.config.meta_start:
             omega.copy_(omega.new_tensor(self.config.omega)[:, None].expand_as(omega))
-        elif run.epoch < self.config.meta_start:
+        elif epoch < self.config.meta_start:
             omega.zero_()
         config = replace(self.config, sampler="shuffle")  # a meta set is balanced
-        order = MetaOrder(self.data.num_meta, steps, config, run.seed, run.epoch, run.processes)
+        order = MetaOrder(self.data.num_meta, steps, config, self.seed, epoch, self.processes)
         self._counts = list(reversed(order.counts[:steps]))
         assert self.data.meta is not None
         return self.data.meta, order
 
-    def update(self, batch: Batch, meta_batch: Batch) -> None:
-        """Before the real step."""
+    def update(self, batch: tuple[Any, ...], meta_batch: tuple[Any, ...]) -> None:
+        """Before the real step; of images, target and groups each."""
         (images, target, _), (meta_images, meta_target, _) = batch, meta_batch
         counts = self._counts.pop()
         if self._epoch >= self.config.meta_start and self.config.meta_lr:
