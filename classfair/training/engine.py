@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 
 import classfair
 from classfair._names import say
@@ -20,11 +20,14 @@ from classfair.losses import FeatureLoss
 from classfair.nn import WithFeatures, with_features
 from classfair.training import interruption
 from classfair.training.batches import (
+    IGNORED,
     Data,
     Draw,
     EvaluationOrder,
+    Request,
     TrainingOrder,
     derived_seed,
+    ignored,
     loader,
     resource_errors,
 )
@@ -33,6 +36,7 @@ from classfair.training.distributed import Processes, local_device
 from classfair.training.group_measures import NEED_JOINT, penalty
 from classfair.training.group_table import NO_GROUP, check_same_groups, group_state
 from classfair.training.image_folder import BadImageError
+from classfair.training.meta_learning import MetaLearning
 from classfair.training.models import build_model
 from classfair.training.objective import (
     build_criterion,
@@ -45,8 +49,6 @@ from classfair.training.run_folder import CHECKPOINT_VERSION, RunFolder
 from classfair.training.saved import check_same_images, check_state, newest_checkpoint
 from classfair.training.sources import load_data
 from classfair.training.totals import Epoch, RunResult, Totals
-
-IGNORED = -100
 
 #: Images, their target and their groups if they have any.
 Batch = tuple[Tensor, Any, Tensor | None]
@@ -109,6 +111,10 @@ class Run:
         self.train: Totals | None = None
         self.val: Totals | None = None
         self.net = self._parallel()
+        self.meta: MetaLearning | None = None
+        if loss == "metalad" and data.meta is not None:
+            parts = (self.model, self.criterion, self.optimizer, self.scaler)
+            self.meta = MetaLearning(*parts, data, config, seed, processes)
 
     def _parallel(self) -> nn.Module:
         """What the training step calls: the model, its gradients averaged over all processes."""
@@ -131,11 +137,15 @@ class Run:
         order = TrainingOrder(self.data.train_targets, self.config, self.seed, self.epoch, self.processes)
         groups = None if self.data.groups is None else self.data.groups.train
         batches = self._batches(self.data.train, order, groups)
+        meta = None if self.meta is None else self._batches(*self.meta.begin(self.epoch, order.steps), None)
         for step in range(order.steps):
             window = []
             for part in range(self.config.grad_accum):
                 images, target, group = next(batches)
-                window.append((images, target if order.counts(step, part) else _ignored(target), group))
+                window.append((images, target if order.counts(step, part) else ignored(target), group))
+            if self.meta is not None and meta is not None:
+                with self._autocast():
+                    self.meta.update(window[0], next(meta))
             self._step(window, totals)
         return self._merged(totals, "training")
 
@@ -211,9 +221,7 @@ class Run:
             raise BadImageError(f"expected {part} images that can be read, got none")
         return totals
 
-    def _batches(
-        self, dataset: Dataset[Any], order: TrainingOrder | EvaluationOrder, groups: Tensor | None
-    ) -> Iterator[Batch]:
+    def _batches(self, dataset: Dataset[Any], order: Sampler[Request], groups: Tensor | None) -> Iterator[Batch]:
         """Images where they were loaded, the rest on the device: weights of targets come before the first forward pass.
 
         The loader, which iterates over the order too, keeps it: so groups need not pass through data sets.
@@ -281,6 +289,7 @@ class Run:
     def _parts(self) -> dict[str, Any]:
         parts = {"model": self.model, "criterion": self.criterion, "optimizer": self.optimizer}
         parts |= {"lr_schedule": self.lr_schedule, "scaler": self.scaler}
+        parts |= {} if self.meta is None else {"meta": self.meta}
         return parts | {f"schedule{i}": schedule for i, schedule in enumerate(self.schedules)}
 
     def state_dict(self) -> dict[str, Any]:
@@ -328,13 +337,6 @@ def _count(stats: classfair.BatchStats, target: Tensor, group: Tensor | None) ->
     cell = torch.where(counted, target if group is None else group * classes + target, 0)
     count = torch.zeros(groups * classes, dtype=torch.int64, device=target.device)
     return count.scatter_add_(0, cell, counted.long()).view(groups, classes)
-
-
-def _ignored(target: Any) -> Any:
-    """The same target, counting for nothing."""
-    if isinstance(target, Tensor):
-        return torch.full_like(target, IGNORED)
-    return target._replace(y_a=_ignored(target.y_a), y_b=_ignored(target.y_b))
 
 
 def run_all(
@@ -391,6 +393,8 @@ def fit(run: Run, folder: RunFolder | None, on_epoch: Callable[[Epoch], None]) -
         if folder is not None:
             folder.log(name, now)
             if last or run.epoch % run.config.save_every == 0:
+                if run.meta is not None:
+                    run.meta.write(folder, name, run.epoch)
                 folder.write_checkpoint(name, run.state_dict(), last=last)
         on_epoch(now)
     return run.result()
