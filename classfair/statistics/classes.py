@@ -13,7 +13,7 @@ from classfair.ops import LabelIndex, SlotMoments, class_moments_merge, label_in
 from classfair.ops import class_moments as moments_by_slot
 from classfair.ops.label_index import check_index
 from classfair.statistics._covariance import State, merge_covariance
-from classfair.statistics._processes import agree_on_rows, gather_moments, gather_rows, merge_batches
+from classfair.statistics._processes import gather_rows, merge_processes
 
 COVARIANCES = ("diag", "full", "none")
 
@@ -283,9 +283,7 @@ class ClassStatistics(KeepsPrecision):
     def _merge_processes(self, features: Tensor, index: LabelIndex, group: Any, max_batch: int | None) -> None:
         state, backend = self._state(), self.backend
         batch = _moments(features, index, state, variance=self.cov is not None, backend=backend)
-        slots = min(agree_on_rows(features, group, max_batch), self.count.shape[0])
-        batches, keys = gather_moments(batch, index.key_of_slot, slots, group)
-        batch, key = merge_batches(batches, keys, self.count.shape[0], backend)
+        batch, key = merge_processes(batch, features, index, group, max_batch, backend)
         class_moments_merge(batch, key, *state, momentum=self.momentum, backend=backend)
         self.nonfinite += batch.nonfinite
 
