@@ -14,11 +14,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
+from classfair import BatchStats
 from classfair.data import ClassBalancedSampler, UnpaddedDistributedSampler
 from classfair.training.config import TrainConfig
 from classfair.training.distributed import Processes
 from classfair.training.group_table import Groups
 from classfair.training.image_list import ImageList
+
+IGNORED = -100
 
 #: What a batch is asked for with: the epoch, and the indices of its images.
 Request = tuple[int, list[int]]
@@ -171,3 +174,19 @@ def _leave_interrupts_to_the_main_process(worker: int) -> None:
 
 def _as_it_is(batch: Any) -> Any:
     return batch
+
+
+def counted(stats: BatchStats, target: Tensor, group: Tensor | None) -> Tensor:
+    """(G, C) images of a batch that are not ignored, with those that statistics leave out."""
+    groups, classes = stats.count.shape
+    there = target != IGNORED
+    cell = torch.where(there, target if group is None else group * classes + target, 0)
+    count = torch.zeros(groups * classes, dtype=torch.int64, device=target.device)
+    return count.scatter_add_(0, cell, there.long()).view(groups, classes)
+
+
+def ignored(target: Any) -> Any:
+    """The same target, counting for nothing."""
+    if isinstance(target, Tensor):
+        return torch.full_like(target, IGNORED)
+    return target._replace(y_a=ignored(target.y_a), y_b=ignored(target.y_b))
