@@ -57,7 +57,9 @@ def zero_uniformity_loss(logits: Tensor, *, kind: str = "std", correction: int =
             f" got {tuple(logits.shape)}"
         )
     check.check_choice(name, "kind", kind, KINDS)
-    check.check_choice(name, "correction", correction, (0, 1) if kind == "std" else (0,))
+    check.check_choice(name, "correction", correction, (0, 1))
+    if kind != "std" and correction:
+        raise ValueError(f"{name}: expected correction 0 with kind {kind!r}, got {correction}")
     wide = logits.to(check.acc_dtype(logits))
     rows = wide.mean((2, 3)) if wide.dim() == 4 else wide.reshape(-1, wide.shape[-1])  # (R, C)
     if kind == "entropy":

@@ -115,7 +115,7 @@ class TrainConfig:
     )
     probe: str = _option(
         "zero",
-        "That input, in normalised pixels: zero, one, the batch's mean image, or random. Only --zero-uniformity uses it.",
+        "That input, in normalised pixels: zero, one, mean (of the batch) or random. Only --zero-uniformity uses it.",
         metavar="{zero,one,mean,random}",
     )
     fairness: str = _option(
