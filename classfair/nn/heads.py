@@ -212,9 +212,9 @@ class EstimatedOffsetLinear(KeepsPrecision):
             index = label_index(target, self.num_classes, ignore_index=ignore_index)
         check.check_floats("EstimatedOffsetLinear.update", "features", features, (len(index.slot), self.in_features))
         moments, key = batch_means(features, index, process_group=process_group, sync=sync, max_batch=max_batch)
-        share = self.alpha * moments.count / (1.0 + moments.count)  # (M,), 0 for rows without a class
-        step = share[:, None] * (moments.mean - self.centers[key])
-        self.centers.index_add_(0, key, torch.where(moments.count[:, None] > 0, step, 0.0).to(self.centers.dtype))
+        count = moments.count.to(moments.mean.dtype)[:, None]  # (M, 1), 0 for rows without a class
+        step = torch.where(count > 0, self.alpha * count / (1 + count) * (moments.mean - self.centers[key]), 0.0)
+        self.centers.index_add_(0, key, step.to(self.centers.dtype))
 
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, num_classes={self.num_classes}, bias={self.subtracts}"
