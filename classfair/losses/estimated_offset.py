@@ -242,7 +242,7 @@ class EstimatedOffsetLoss(CrossEntropyLoss):
         sample_weight: Tensor | None,
     ) -> Tensor:
         """(N,) the second and third term of each sample, weighted as its cross-entropy is."""
-        centers, classes = whole_weight(head.own_centers()), head.num_classes
+        centers, classes = whole_weight(head.centers), head.num_classes
         constraint = self.l2 * uniform_constraint(empirical_offset(whole_weight(head.weight), centers))
         if isinstance(target, MixedTarget):
             y_a, y_b, share = flat_mixture("EstimatedOffsetLoss", target, features.shape[:1], constraint.dtype)

@@ -113,8 +113,8 @@ class EstimatedOffsetLinear(KeepsPrecision):
     State: ``weight`` ``(C, D)``, a parameter, initialised as that of :class:`torch.nn.Linear`; ``centers`` ``(C, D)``,
     zero at first, float32 (float64 after ``double()``): ``half()`` and ``to(bfloat16)`` do not round them.
     Gradients: input and ``weight``, through the product and the offset, and ``centers`` if they are parameters; every
-    order. The graph keeps the centres of its own forward pass. A checkpoint that recomputes the head in the backward
-    pass would see the centres after it: leave the head out of it.
+    order. A checkpoint that recomputes the head in the backward pass would see the centres after their step: leave the
+    head out of it.
 
     Raises:
         TypeError, ValueError: a size below 1; alpha or centre_grad out of range.
@@ -169,11 +169,7 @@ class EstimatedOffsetLinear(KeepsPrecision):
     @property
     def offset(self) -> Tensor:
         """``(C,)`` the estimated offset, float32 or float64; with gradient."""
-        return empirical_offset(self.weight, self.own_centers())
-
-    def own_centers(self) -> Tensor:
-        """``(C, D)`` the centres for one graph, which :meth:`update` leaves alone."""
-        return self.centers if self.centre_grad == "full" else self.centers.clone()
+        return empirical_offset(self.weight, self.centers)
 
     def forward(self, input: Tensor) -> Tensor:
         """``(..., D)`` to ``(..., C)``."""
@@ -190,7 +186,10 @@ class EstimatedOffsetLinear(KeepsPrecision):
         sync: bool = True,
         max_batch: int | None = None,
     ) -> None:
-        """Move the centres towards the means of a batch, in place; nothing with ``centre_grad="full"``.
+        """Move the centres towards the means of a batch; nothing with ``centre_grad="full"``.
+
+        ``centers`` is another tensor afterwards, so that a backward pass still finds those of its forward pass. A CUDA
+        graph, which reads fixed addresses, has to leave this call out.
 
         Args:
             features: ``(N, D)`` floating, detached; N may be 0. Rows with a NaN or an infinity do not enter.
@@ -214,7 +213,8 @@ class EstimatedOffsetLinear(KeepsPrecision):
         moments, key = batch_means(features, index, process_group=process_group, sync=sync, max_batch=max_batch)
         count = moments.count.to(moments.mean.dtype)[:, None]  # (M, 1), 0 for rows without a class
         step = torch.where(count > 0, self.alpha * count / (1 + count) * (moments.mean - self.centers[key]), 0.0)
-        self.centers.index_add_(0, key, step.to(self.centers.dtype))
+        # Not in place: whatever graph, compiled or not, has saved the centres of its forward pass still needs them.
+        self.centers = self.centers.index_add(0, key, step.to(self.centers.dtype))
 
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, num_classes={self.num_classes}, bias={self.subtracts}"

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.parallel import DistributedDataParallel
 
 import classfair
@@ -239,7 +240,7 @@ def test_rows_that_are_not_finite_do_not_reach_the_centres():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_the_head_in_other_precisions_and_as_a_module(dtype):
     head = head_with_centers().to(dtype)
-    centers = head.centers.clone()
+    centers = head.centers
     assert (head.weight.dtype, centers.dtype) == (dtype, torch.float64)  # what counts is not rounded
     x = normal(N, D, seed=7).to(dtype)
     assert head(x).dtype == dtype
@@ -268,14 +269,28 @@ def test_a_step_under_the_compiler():
     def loss(head, x):
         return criterion(x, head, y, logits=head(x))
 
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    for step in range(2):
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(loss, fullgraph=True, backend=counter)
+    for step in range(3):
         gradients = []
         for head, function in zip(heads, (loss, compiled), strict=True):
             x = normal(N, D, seed=step).requires_grad_()
             gradients.append(torch.autograd.grad(function(head, x), (x, head.weight)))
         torch.testing.assert_close(gradients[0], gradients[1])
         torch.testing.assert_close(heads[0].centers, heads[1].centers)
+    assert counter.frame_count == 1
+
+
+def test_the_gradient_of_a_compiled_head_is_at_the_centres_of_its_forward_pass():
+    """A compiler may save the centres themselves where their copy is asked for: they must not change in place."""
+    torch._dynamo.reset()
+    gradients = []
+    for compiled in (False, True):
+        head, x = head_with_centers(), normal(N, D, seed=7)
+        forward = torch.compile(head, backend="aot_eager") if compiled else head
+        EstimatedOffsetLoss(0.3, 2.0)(x, head, labels(), logits=forward(x)).backward()
+        gradients.append(head.weight.grad)
+    torch.testing.assert_close(*gradients)
 
 
 def after_steps(parts):
