@@ -19,12 +19,18 @@ from classfair.functional_stats import cross_entropy_with_stats
 from classfair.losses import (
     ClassBalancedLoss,
     CrossEntropyLoss,
+    EstimatedOffsetLoss,
     FocalLoss,
     ISDALoss,
     LDAMLoss,
     LogitAdjustedLoss,
     MetaLADLoss,
+    ZeroUniformity,
+    center_loss,
+    uniform_constraint,
+    zero_uniformity_loss,
 )
+from classfair.offsets import boundary_distance, empirical_offset
 from classfair.pair import PairTerms, distance_margin, mean_class_distance, pair_variance
 from classfair.priors import (
     effective_counts,
@@ -55,6 +61,7 @@ __all__ = [
     "ClassStatistics",
     "CrossEntropyLoss",
     "DeferredReweighting",
+    "EstimatedOffsetLoss",
     "FocalLoss",
     "ISDALoss",
     "ISDARamp",
@@ -66,7 +73,10 @@ __all__ = [
     "MixedTarget",
     "PairTerms",
     "Warmup",
+    "ZeroUniformity",
     "binary_logits",
+    "boundary_distance",
+    "center_loss",
     "class_counts",
     "class_moments",
     "cross_entropy",
@@ -76,6 +86,7 @@ __all__ = [
     "effective_counts",
     "effective_frequency",
     "effective_number_weights",
+    "empirical_offset",
     "equalized_odds_loss",
     "intersection_over_union",
     "iou_loss",
@@ -87,6 +98,8 @@ __all__ = [
     "prediction_bias",
     "tau_normalize",
     "total_weight",
+    "uniform_constraint",
+    "zero_uniformity_loss",
 ]
 
 _backends.load_compiled()

@@ -122,7 +122,17 @@ class SoftmaxLossFunction(torch.autograd.Function):
             loss = loss / mean_denominator(saved.total_weight, s.label_smoothing) if s.mean else loss
             loss, s = loss.expand(saved.lse.shape[0]), s._replace(mean=False)
         others = [g if g is None else g.contiguous() for g in (lse, *statistics)]
-        arguments = (loss, *others, scale, *t, saved.lse, saved.lse_raw, saved.total_weight, *s, *needs[1:NUM_DIFFERENTIABLE])
+        arguments = (
+            loss,
+            *others,
+            scale,
+            *t,
+            saved.lse,
+            saved.lse_raw,
+            saved.total_weight,
+            *s,
+            *needs[1:NUM_DIFFERENTIABLE],
+        )
         # Without create_graph the nested Function would only cost time: 0.05 ms a call.
         if torch.is_grad_enabled():
             function = SoftmaxLossBackward if torch.compiler.is_compiling() else SoftmaxLossBackwardForwardMode

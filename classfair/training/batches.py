@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
+from classfair import BatchStats
 from classfair.data import ClassBalancedSampler, UnpaddedDistributedSampler
 from classfair.training.config import TrainConfig
 from classfair.training.distributed import Processes
@@ -182,3 +183,12 @@ def _leave_interrupts_to_the_main_process(worker: int) -> None:
 
 def _as_it_is(batch: Any) -> Any:
     return batch
+
+
+def counted(stats: BatchStats, target: Tensor, group: Tensor | None) -> Tensor:
+    """(G, C) images of a batch that are not ignored, with those that statistics leave out."""
+    groups, classes = stats.count.shape
+    there = target != IGNORED
+    cell = torch.where(there, target if group is None else group * classes + target, 0)
+    count = torch.zeros(groups * classes, dtype=torch.int64, device=target.device)
+    return count.scatter_add_(0, cell, there.long()).view(groups, classes)

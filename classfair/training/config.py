@@ -10,8 +10,8 @@ from typing import Any
 
 from classfair.training.digits import HEAD_COUNT
 
-LOSSES = ("ce", "la", "ldam", "cb", "focal", "isda", "nisda", "distance", "metalad")
-FEATURE_LOSSES = ("isda", "nisda", "distance", "metalad")
+LOSSES = ("ce", "la", "ldam", "cb", "focal", "isda", "nisda", "distance", "metalad", "estimated-offset")
+FEATURE_LOSSES = ("isda", "nisda", "distance", "metalad", "estimated-offset")
 OPTIMIZERS = ("sgd", "adamw")
 META_SETS = ("heldout", "train")
 META_METHODS = ("jvp", "double_backward", "finite_difference", "last_layer")
@@ -21,6 +21,8 @@ AUGMENTS = ("none", "ra", "ta_wide", "augmix", "imagenet")
 AMP_DTYPES = ("bfloat16", "float16")
 BAD_IMAGES = ("error", "skip")
 MISSING_GROUPS = ("error", "blank")
+OFFSETS = ("estimated", "zero")
+PROBES = ("zero", "one", "mean", "random")
 FAIRNESS = ("none", "dp-l2", "dp-mi", "eo-l2", "eo-mi", "iou")
 DIGITS = ("digits", "digits-groups")
 IMAGE_FOLDER = "imagefolder:"
@@ -82,10 +84,11 @@ class TrainConfig:
         ("ce", "la"),
         "Losses to train with, one or several: ce is plain cross-entropy, la logit adjustment, ldam label-distribution-"
         "aware margins on a cosine head, cb class-balanced weights, focal the focal loss; from class statistics "
-        "of features: isda, nisda, distance, and metalad, the sum of la, nisda and distance.",
+        "of features: isda, nisda, distance, and metalad, the sum of la, nisda and distance; estimated-offset, a head "
+        "whose offset follows from weights and class centres and is kept uniform.",
         images=("ce",),
         groups=("ce",),
-        metavar="{ce,la,ldam,cb,focal,isda,nisda,distance,metalad} ...",
+        metavar="{ce,la,ldam,cb,focal,isda,nisda,distance,metalad,estimated-offset} ...",
     )
     tau: float = _option(1.0, "Strength of logit adjustment, no unit; 0 is plain cross-entropy. Only la uses it.")
     max_margin: float = _option(0.5, "Margin of the rarest class in units of cosine. Only ldam uses it.")
@@ -121,6 +124,24 @@ class TrainConfig:
         "Derivative of the virtual step: jvp by forward mode, double_backward, finite_difference for models that have "
         "neither, or last_layer, a virtual step of the classifier alone.",
         metavar="{jvp,double_backward,finite_difference,last_layer}",
+    )
+    center_weight: float = _option(
+        0.1, "Weight of the squared distance of features from their class centre. Only estimated-offset.", images=1.0
+    )
+    uniform_weight: float = _option(1.0, "Weight of the uniform constraint on offsets. Only estimated-offset uses it.")
+    offset: str = _option(
+        "estimated",
+        "What the head subtracts from its logits: the estimated offset, or zero, which leaves the constraint alone "
+        "(with both weights at 0, a head without bias). Only estimated-offset uses it.",
+        metavar="{estimated,zero}",
+    )
+    zero_uniformity: float = _option(
+        0.0, "Weight of the unequal response to an input without content, added to every loss; 0: off."
+    )
+    probe: str = _option(
+        "zero",
+        "That input, in normalised pixels: zero, one, mean (of the batch) or random. Only --zero-uniformity uses it.",
+        metavar="{zero,one,mean,random}",
     )
     fairness: str = _option(
         "none",
@@ -241,6 +262,8 @@ class TrainConfig:
             "fairness": FAIRNESS,
             "meta_from": META_SETS,
             "meta_method": META_METHODS,
+            "offset": OFFSETS,
+            "probe": PROBES,
         }
         rules = {name: (getattr(self, name) in known, f"to be {_either(known)}") for name, known in choices.items()}
         losses = len(self.loss) > 0 and set(self.loss) <= set(LOSSES)
@@ -265,7 +288,7 @@ class TrainConfig:
         ):
             rules[name] = (getattr(self, name) >= 1, "of at least 1")
         at_least_0 = ("tau", "gamma", "weight_decay", "clip_grad", "mixup", "cutmix", "max_margin", "strength")
-        for name in (*at_least_0, "fairness_weight", "meta_lr"):
+        for name in (*at_least_0, "fairness_weight", "meta_lr", "center_weight", "uniform_weight", "zero_uniformity"):
             rules[name] = (_within(getattr(self, name), 0), "of at least 0")
         for name in ("drw_start", "loss_warmup", "lr_warmup_epochs", "workers", "meta_per_class", "meta_start"):
             rules[name] = (getattr(self, name) >= 0, "of at least 0")
@@ -308,6 +331,10 @@ class TrainConfig:
         if self.effective_frequency:
             used = bool({"la", "cb"} & set(self.loss))
             rules["effective_frequency"] = (used, "with a loss that uses it (la, cb)")
+        if self.offset == "zero":
+            rules["offset"] = ("estimated-offset" in self.loss, "with the loss that uses it (estimated-offset)")
+        if self.probe in PROBES[1:]:
+            rules["probe"] = (self.zero_uniformity != 0, "with zero_uniformity above 0")
         if self.val_dir:
             rules["split"] = (self.split == 0, "to be left out with val_dir")
         if self.loss_warmup:

@@ -20,12 +20,12 @@ from classfair.losses import FeatureLoss
 from classfair.nn import WithFeatures, with_features
 from classfair.training import interruption
 from classfair.training.batches import (
-    IGNORED,
     Data,
     Draw,
     EvaluationOrder,
     Request,
     TrainingOrder,
+    counted,
     derived_seed,
     ignored,
     loader,
@@ -90,7 +90,7 @@ class Run:
         effective = None
         if config.effective_frequency:
             effective = read_effective_counts(Path(config.effective_frequency), loss, seed, data.class_names)
-        self.model: nn.Module = build_model(config, num_classes, seed, cosine=loss == "ldam")
+        self.model: nn.Module = build_model(config, num_classes, seed, loss)
         feature_dim = 0
         if loss in FEATURE_LOSSES:
             self.model = with_features(self.model)
@@ -119,11 +119,13 @@ class Run:
     def _parallel(self) -> nn.Module:
         """What the training step calls: the model, its gradients averaged over all processes."""
         net = self.model
+        if self.processes.world > 1 and self.config.sync_bn:
+            if self.device.type != "cuda":
+                raise ValueError(f"expected sync_bn on GPUs only, got device {self.device}")
+            net = self.model = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+        if self.config.zero_uniformity:  # each process has its own probe
+            net = classfair.ZeroUniformity(net, self.config.probe)
         if self.processes.world > 1:
-            if self.config.sync_bn:
-                if self.device.type != "cuda":
-                    raise ValueError(f"expected sync_bn on GPUs only, got device {self.device}")
-                net = self.model = nn.SyncBatchNorm.convert_sync_batchnorm(net)
             net = DistributedDataParallel(net, device_ids=[self.device] if self.device.type == "cuda" else None)
         return torch.compile(net) if self.config.compile else net  # type: ignore[return-value]
 
@@ -158,17 +160,23 @@ class Run:
 
         A penalty is of what all processes see in one forward pass, and its mean over the passes is added.
         """
-        fairness = self.config.fairness
+        fairness, alpha = self.config.fairness, self.config.zero_uniformity
         weights = [self.criterion.total_weight(target) for _, target, _ in window]
         total = self.processes.sum_(torch.stack(weights).sum())
         # DDP averages over processes: undo that. Nothing to learn from is a gradient of 0.
         share = torch.where(total > 0, self.processes.world / total, 0.0)
         self.optimizer.zero_grad()
-        for i, (batch, weight) in enumerate(zip(window, weights, strict=True)):
+        for i, ((images, target, group), weight) in enumerate(zip(window, weights, strict=True)):
             with self._no_sync(wait=i + 1 < len(window)):
                 options: dict[str, Any] = {"differentiable": fairness != "none", "joint": fairness in NEED_JOINT}
-                loss, stats = self._loss(self.net, *batch, **options)
+                output = self._output(self.net, images)
+                if alpha:
+                    output, response = output
+                loss, stats = self._loss(output, target, group, **options)
                 objective = loss * share
+                if alpha:  # DDP averages what the processes' own probes say
+                    logits = response[-1] if isinstance(response, tuple) else response
+                    objective = objective + alpha / len(window) * classfair.zero_uniformity_loss(logits)
                 if fairness != "none":  # every process has the penalty of all: DDP's average is that penalty once
                     unfairness = penalty(fairness, stats, len(self.group_names))
                     objective = objective + self.config.fairness_weight / len(window) * unfairness
@@ -180,18 +188,22 @@ class Run:
         self.scaler.step(self.optimizer)
         self.scaler.update()
 
+    def _output(self, net: nn.Module, images: Tensor) -> Any:
+        with self._autocast():
+            return net(images.to(self.device, non_blocking=True))
+
     def _loss(
-        self, net: nn.Module, images: Tensor, target: Any, group: Tensor | None, **options: Any
+        self, output: Any, target: Any, group: Tensor | None, **options: Any
     ) -> tuple[Tensor, classfair.BatchStats]:
         if group is not None:
             options |= {"group": group, "num_groups": self.num_groups}
-        with self._autocast():
-            output = net(images.to(self.device, non_blocking=True))
-        if not isinstance(self.criterion, FeatureLoss):
+        if not isinstance(self.model, WithFeatures):
             return self.criterion.with_stats(output, target, **options)
         features, logits = output  # (B, D), (B, C)
-        assert isinstance(self.model, WithFeatures)
         head: Any = self.model.head
+        if isinstance(self.criterion, classfair.EstimatedOffsetLoss):
+            return self.criterion.with_stats(features, head, target, logits=logits, **options)
+        assert isinstance(self.criterion, FeatureLoss)
         bias = getattr(head, "bias", None)
         return self.criterion.with_stats(features, head.weight, target, logits=logits, linear_bias=bias, **options)
 
@@ -207,8 +219,9 @@ class Run:
         groups = None if self.data.groups is None else self.data.groups.val
         lost = torch.zeros((), dtype=torch.int64, device=self.device)
         for images, target, group in self._batches(self.data.val, order, groups):
-            loss, stats = self._loss(self.model, images, target, group, joint=totals.joint is not None)
-            every = _count(stats, target, group)
+            output = self._output(self.model, images)
+            loss, stats = self._loss(output, target, group, joint=totals.joint is not None)
+            every = counted(stats, target, group)
             lost += (every - stats.count).sum()
             totals.add(loss, every.sum(), replace(stats, count=every))  # without finite logits: a wrong prediction
         if (number := int(self.processes.sum_(lost))) and self.processes.is_main:
@@ -328,15 +341,6 @@ class Run:
             ) from None
         self.epoch, self.train_loss = state["epoch"], list(state["train_loss"])
         self.train, self.val = Totals.from_state(state["train"]), Totals.from_state(state["val"])
-
-
-def _count(stats: classfair.BatchStats, target: Tensor, group: Tensor | None) -> Tensor:
-    """(G, C) images of a batch that are not ignored, with those that statistics leave out."""
-    groups, classes = stats.count.shape
-    counted = target != IGNORED
-    cell = torch.where(counted, target if group is None else group * classes + target, 0)
-    count = torch.zeros(groups * classes, dtype=torch.int64, device=target.device)
-    return count.scatter_add_(0, cell, counted.long()).view(groups, classes)
 
 
 def run_all(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from classfair.nn import CosineLinear, replace_head
+from classfair.nn import CosineLinear, EstimatedOffsetLinear, replace_head
 from classfair.training.batches import Draw, derived_seed
 from classfair.training.config import TrainConfig
 from classfair.training.weights import fit_weights, load_weights
@@ -22,8 +22,8 @@ class MissingPackageError(RuntimeError):
     """A model's package is not installed, or its weights cannot be had."""
 
 
-def build_model(config: TrainConfig, num_classes: int, seed: int, *, cosine: bool = False) -> nn.Module:
-    """The model with ``num_classes`` logits, initialised from the seed, with a cosine head if asked for."""
+def build_model(config: TrainConfig, num_classes: int, seed: int, loss: str = "ce") -> nn.Module:
+    """The model with ``num_classes`` logits, initialised from the seed, with the head that the loss is made for."""
     if config.model == "mlp":
         model: nn.Module = mlp((*WIDTHS, num_classes), torch.Generator().manual_seed(seed))
     else:
@@ -37,12 +37,22 @@ def build_model(config: TrainConfig, num_classes: int, seed: int, *, cosine: boo
                 raise
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(f"expected a model for images of {config.img_size} pixels, got {reason}") from None
-    if cosine:
+    if loss == "ldam":
         torch.manual_seed(derived_seed(Draw.HEAD, seed))
         replace_head(model, lambda head: CosineLinear(head.in_features, num_classes, config.cosine_scale))
+    if loss == "estimated-offset":
+        replace_head(model, lambda head: _estimated_offset(head, config))
     if config.weights and config.weights != "pretrained":
         load_weights(model, Path(config.weights))
     return model
+
+
+@torch.no_grad()
+def _estimated_offset(head: nn.Linear, config: TrainConfig) -> EstimatedOffsetLinear:
+    """With the weights of the head in whose place it comes: runs of all losses begin with the same."""
+    new = EstimatedOffsetLinear(head.in_features, head.out_features, config.offset == "estimated")
+    new.weight.copy_(head.weight)
+    return new
 
 
 @torch.no_grad()

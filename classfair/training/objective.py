@@ -35,6 +35,8 @@ def build_criterion(
         return classfair.ISDALoss(counts.numel(), feature_dim, strength=config.strength, **common)
     if loss in TERMS:
         return classfair.MetaLADLoss(counts, feature_dim, omega=config.omega, terms=TERMS[loss], **common)
+    if loss == "estimated-offset":
+        return classfair.EstimatedOffsetLoss(config.center_weight, config.uniform_weight, **common)
     if loss == "focal":
         return classfair.FocalLoss(config.gamma, **common)
     return classfair.CrossEntropyLoss(**common)
