@@ -141,8 +141,8 @@ class ClassBalancedSampler(Sampler[int]):
         labels = _labels(function, dataset_or_targets, num_classes)
         self._replicas, self._rank = _replicas_and_rank(function, num_replicas, rank)
         total = len(labels) if num_samples is None else num_samples
-        check.check_range(function, "num_samples", total, 1)
-        check.check_range(function, "seed", seed, 0)
+        check.check_count(function, "num_samples", total)
+        check.check_count(function, "seed", seed, 0)
         self._len = -(-total // self._replicas)
         self.seed, self.epoch = seed, 0
         # Samples sorted by class: those of the k-th class present are _order[_start[k] : _start[k] + _count[k]].
@@ -274,6 +274,6 @@ def _replicas_and_rank(function: str, num_replicas: int | None, rank: int | None
     grouped = dist.is_available() and dist.is_initialized()
     num_replicas = (dist.get_world_size() if grouped else 1) if num_replicas is None else num_replicas
     rank = (dist.get_rank() if grouped else 0) if rank is None else rank
-    check.check_range(function, "num_replicas", num_replicas, 1)
+    check.check_count(function, "num_replicas", num_replicas)
     check.check_range(function, "rank", rank, 0, num_replicas - 1)
     return num_replicas, rank

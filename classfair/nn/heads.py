@@ -55,8 +55,8 @@ class CosineLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check.check_range("CosineLinear", "in_features", in_features, 1)
-        check.check_range("CosineLinear", "out_features", out_features, 1)
+        check.check_count("CosineLinear", "in_features", in_features)
+        check.check_count("CosineLinear", "out_features", out_features)
         if not 0 < scale < math.inf:
             raise ValueError(f"CosineLinear: expected a finite scale > 0, got {scale}")
         self.in_features, self.out_features, self.scale = in_features, out_features, scale

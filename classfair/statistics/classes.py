@@ -130,7 +130,7 @@ def class_moments(
         [1.0, 0.0]
     """
     _check_features("class_moments", features, target)
-    check.check_range("class_moments", "num_classes", num_classes, 1)
+    check.check_count("class_moments", "num_classes", num_classes)
     _check_covariance("class_moments", covariance, num_classes, features.shape[1])
     dtype, device = check.acc_dtype(features), features.device
     state = zero_state(num_classes, features.shape[1], covariance, dtype, device, (False, False))
@@ -162,11 +162,10 @@ class ClassStatistics(KeepsPrecision):
         ignore_index, backend: as in :func:`class_moments`.
 
     State (in ``state_dict``; ``.half()`` and ``.to(bfloat16)`` leave its precision alone): ``count`` ``(C,)`` int64,
-    ``mean`` ``(C, D)`` float32, ``cov`` ``(C, D)`` or ``(C, D, D)`` float32 or None, ``mean_error`` ``(C, D)``
-    what rounding has left out of the means, ``cov_error`` ``(C, D)`` and of cumulative variances (the diagonal of
-    matrices), else None, ``nonfinite`` ``()`` int64, the
-    number of samples left out because of a feature that is NaN, infinite or above 1e15 in size, whose square may
-    overflow. No parameters, no gradient.
+    ``mean`` ``(C, D)`` float32, ``cov`` ``(C, D)`` or ``(C, D, D)`` float32 or None, ``mean_error`` ``(C, D)`` what
+    rounding has left out of means, ``cov_error`` ``(C, D)`` or None: of cumulative variances (matrices: the diagonal),
+    ``nonfinite`` ``()`` int64, the number of samples left out because of a feature that is NaN, infinite or above 1e15
+    in size, whose square may overflow. No parameters, no gradient.
 
     Source: Wang et al. 2019, "Implicit Semantic Data Augmentation for Deep Networks", eq. 8 to 10, and Chan, Golub
     and LeVeque 1979 for the exact merge.
@@ -201,9 +200,11 @@ class ClassStatistics(KeepsPrecision):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        check.check_range("ClassStatistics", "num_classes", num_classes, 1)
-        check.check_range("ClassStatistics", "feature_dim", feature_dim, 1)
+        check.check_count("ClassStatistics", "num_classes", num_classes)
+        check.check_count("ClassStatistics", "feature_dim", feature_dim)
         _check_covariance("ClassStatistics", covariance, num_classes, feature_dim)
+        if momentum is not None:
+            check.check_real("ClassStatistics", "momentum", momentum)
         if momentum is not None and not 0 < momentum <= 1:
             raise ValueError(f"ClassStatistics: expected momentum None or in (0, 1], got {momentum}")
         # Variances that fade do not let rounding errors add up. Means do: small steps would leave them where they are.
