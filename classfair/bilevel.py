@@ -154,7 +154,7 @@ class MetaLADStep:
             new = omega - self.meta_lr * gradient
             good = new.isfinite().all()
             omega.copy_(torch.where(good, new, omega))
-            self.refused += ~good
+            self.refused = self.refused.to(omega.device) + ~good
         return gradient
 
     def hypergradient(
