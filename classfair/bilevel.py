@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from classfair import _validate as check
 from classfair.functional import cross_entropy
 from classfair.losses import MetaLADLoss
-from classfair.mixed_derivative import MIXED, Head, Network, Outputs, Problem, along, gradients, norm, run, works
+from classfair.mixed_derivative import MIXED, Head, Network, Outputs, Problem, along, gradients, lent, norm, works
 from classfair.nn import WithFeatures
 from classfair.targets import MixedTarget, total_weight
 
@@ -20,7 +20,7 @@ TINY = torch.finfo(torch.float32).tiny  # to divide by in the place of 0
 
 
 @contextlib.contextmanager
-def _lent(criterion: MetaLADLoss, omega: Tensor) -> Iterator[None]:
+def _with_omega(criterion: MetaLADLoss, omega: Tensor) -> Iterator[None]:
     """The criterion with these weights of terms, as a sum over samples."""
     kept = criterion.omega, criterion.reduction
     criterion.omega, criterion.reduction = omega, "sum"
@@ -132,7 +132,7 @@ class MetaLADStep:
         total = self._mean_over(self.criterion.total_weight(target))
         self.optimizer.zero_grad()
         features, logits = self.model(images)
-        with _lent(self.criterion, self.criterion.omega):
+        with _with_omega(self.criterion, self.criterion.omega):
             loss = self.criterion(features, self._network.model.head.weight, target, logits=logits) / total
         with torch.autocast(loss.device.type, enabled=False):
             objective = loss * self._world  # of which DistributedDataParallel takes the mean
@@ -154,7 +154,7 @@ class MetaLADStep:
             new = omega - self.meta_lr * gradient
             good = new.isfinite().all()
             omega.copy_(torch.where(good, new, omega))
-            self.refused += ~good
+            self.refused = self.refused.to(omega.device) + ~good
         return gradient
 
     def hypergradient(
@@ -170,20 +170,22 @@ class MetaLADStep:
         inputs, meta_inputs = images, meta_images
         if self.method == "last_layer":
             with torch.no_grad():
-                inputs, meta_inputs = (run(self._network, {}, x).features for x in (images, meta_images))
+                inputs, meta_inputs = (_features(self._network, x) for x in (images, meta_images))
         theta = {n: p.detach().requires_grad_() for n, p in module.named_parameters() if n in rates}
         total, scale = self._mean_over(self.criterion.total_weight(target)), self._scale(omega)
 
         def loss(out: Outputs) -> Tensor:
             return self._perturbed(out, target) * (scale / total)
 
-        problem = Problem(lambda parameters: run(module, parameters, inputs), loss, theta, omega)
-        with _lent(self.criterion, omega):
-            own = gradients(loss(problem.run(theta)), list(theta.values()))
+        problem = Problem(lambda parameters: lent(module, parameters, inputs), loss, theta, omega)
+        with _with_omega(self.criterion, omega):
+            with problem.run(theta) as out:
+                own = gradients(loss(out), list(theta.values()))
             steps = zip(theta.items(), self._sum(own), rates.values(), strict=True)
             virtual = {n: (p - rate * (g / scale)).detach().to(p.dtype).requires_grad_() for (n, p), g, rate in steps}
-            meta_loss = self._meta_loss(run(module, virtual, meta_inputs), meta_target) * scale
-            *meta, direct = gradients(meta_loss, [*virtual.values(), omega])
+            with lent(module, virtual, meta_inputs) as out:
+                meta_loss = self._meta_loss(out, meta_target) * scale
+                *meta, direct = gradients(meta_loss, [*virtual.values(), omega])
             meta = [rate * (g / scale) for g, rate in zip(self._sum(meta), rates.values(), strict=True)]
             length = norm(meta).clamp_min(TINY)
             direction = [(g / length).to(p.dtype) for g, p in zip(meta, theta.values(), strict=True)]
@@ -209,6 +211,8 @@ class MetaLADStep:
         """The current learning rate of each parameter that is trained, by its name, in the order of the module."""
         of = {id(p): group["lr"] for group in self.optimizer.param_groups for p in group["params"]}
         rates = {n: of[id(p)] for n, p in module.named_parameters() if p.requires_grad and id(p) in of}
+        if any(check.is_dtensor(p) for p in module.parameters()):
+            raise TypeError("MetaLADStep: expected parameters as plain tensors, got DTensor (FSDP2)")
         if not rates:
             whose = "the head's" if self.method == "last_layer" else "the model's"
             raise ValueError(f"MetaLADStep: expected an optimizer of {whose} parameters, got one of others")
@@ -245,7 +249,8 @@ class MetaLADStep:
         """Once, at the first call: operators without forward mode may drop tangents silently."""
         theta = list(problem.theta.values())
         with torch.autocast(theta[0].device.type, enabled=False):
-            own = gradients(problem.loss(problem.run(problem.theta)), theta)
+            with problem.run(problem.theta) as out:
+                own = gradients(problem.loss(out), theta)
             sizes = [norm([g]) for g in own]
             direction = [g / s.clamp_min(TINY).to(g.dtype) for g, s in zip(own, sizes, strict=True)]
             expected, found = torch.stack(sizes).sum(), along(problem, direction).detach()
@@ -275,3 +280,8 @@ class MetaLADStep:
     def _scale(self, like: Tensor) -> Tensor:
         one = torch.ones((), device=like.device)
         return one if self.scaler is None else self.scaler.scale(one)
+
+
+def _features(network: Network, images: Tensor) -> Tensor:
+    with lent(network, {}, images) as out:
+        return out.features

@@ -1,12 +1,13 @@
 """The second derivative that a virtual step needs: of the training loss, along a direction and in omega."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.func import functional_call
 
 from classfair import _validate as check
 from classfair.nn import WithFeatures
@@ -46,7 +47,7 @@ class Head(nn.Module):
 class Problem(NamedTuple):
     """The training loss as a function of parameters and weights of terms."""
 
-    run: Callable[[dict[str, Tensor]], Outputs]  # the same dropout and no trace in every call
+    run: Callable[[dict[str, Tensor]], AbstractContextManager[Outputs]]  # :func:`lent`: the same dropout in every call
     loss: Callable[[Outputs], Tensor]  # depends on omega
     theta: dict[str, Tensor]
     omega: Tensor
@@ -68,8 +69,8 @@ def along(problem: Problem, direction: list[Tensor]) -> Tensor:
     with torch.no_grad(), forward_ad.dual_level():
         pairs = zip(problem.theta.items(), direction, strict=True)
         duals = {name: forward_ad.make_dual(p.detach(), d) for (name, p), d in pairs}
-        out = problem.run(duals)
-        features, logits, weight = map(forward_ad.unpack_dual, out)
+        with problem.run(duals) as out:
+            features, logits, weight = map(forward_ad.unpack_dual, out)
     seeds = [t.primal.detach().requires_grad_() for t in (logits, weight)]
     loss = problem.loss(Outputs(features.primal.detach(), *seeds))
     both = zip(gradients(loss, seeds, create_graph=True), (logits.tangent, weight.tangent), strict=True)
@@ -81,9 +82,10 @@ def by_jvp(problem: Problem, direction: list[Tensor]) -> Tensor:
 
 
 def by_double_backward(problem: Problem, direction: list[Tensor]) -> Tensor:
-    first = gradients(problem.loss(problem.run(problem.theta)), list(problem.theta.values()), create_graph=True)
-    connected = [(g, d) for g, d in zip(first, direction, strict=True) if g.requires_grad]
-    return gradients([g for g, _ in connected], [problem.omega], grad_outputs=[d for _, d in connected])[0]
+    with problem.run(problem.theta) as out:
+        first = gradients(problem.loss(out), list(problem.theta.values()), create_graph=True)
+        connected = [(g, d) for g, d in zip(first, direction, strict=True) if g.requires_grad]
+        return gradients([g for g, _ in connected], [problem.omega], grad_outputs=[d for _, d in connected])[0]
 
 
 def by_finite_difference(problem: Problem, direction: list[Tensor]) -> Tensor:
@@ -94,7 +96,8 @@ def by_finite_difference(problem: Problem, direction: list[Tensor]) -> Tensor:
     def gradient(sign: int) -> Tensor:
         with torch.no_grad(), torch.autocast(direction[0].device.type, enabled=False):
             pairs = zip(theta.items(), direction, strict=True)
-            out = problem.run({name: p + sign * step * d for (name, p), d in pairs})
+            with problem.run({name: p + sign * step * d for (name, p), d in pairs}) as out:
+                pass
         return gradients(problem.loss(out), [problem.omega])[0]
 
     return (gradient(1) - gradient(-1)) / (2 * step)
@@ -113,11 +116,25 @@ def norm(values: list[Tensor]) -> Tensor:
     return torch.stack([torch.linalg.vector_norm(v, dtype=check.acc_dtype(v)) for v in values]).norm()
 
 
-def run(module: nn.Module, parameters: dict[str, Tensor], inputs: Tensor) -> Outputs:
-    """A forward pass with other parameters, which leaves buffers and random numbers as they were."""
-    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    with torch.random.fork_rng([inputs.device] if inputs.device.type == "cuda" else []):
-        return functional_call(module, {**parameters, **buffers}, (inputs,))
+@contextlib.contextmanager
+def lent(module: nn.Module, parameters: dict[str, Tensor], inputs: Tensor) -> Iterator[Outputs]:
+    """A forward pass with other parameters, which the module has until the end of the context.
+
+    Activation checkpoints run parts of the module again in the backward pass, which so belongs into the context.
+    Buffers and random numbers are as before afterwards.
+    """
+    instead = {id(p): parameters[name] for name, p in module.named_parameters() if name in parameters}
+    instead |= {id(buffer): buffer.clone() for buffer in module.buffers()}
+    tables: list[Any] = [table for m in module.modules() for table in (m._parameters, m._buffers)]
+    kept = [(table, dict(table)) for table in tables]
+    try:
+        for table in tables:  # a tensor may be in several
+            table.update({name: instead[id(t)] for name, t in table.items() if id(t) in instead})
+        with torch.random.fork_rng([inputs.device] if inputs.device.type == "cuda" else []):
+            yield module(inputs)
+    finally:
+        for table, content in kept:
+            table.update(content)
 
 
 def works(method: str, problem: Problem, direction: list[Tensor]) -> bool:

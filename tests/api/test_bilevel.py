@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import classfair
 from classfair import MetaLADLoss, MetaLADStep, MixedTarget
@@ -159,10 +160,50 @@ def whole_differences(step, data, size=1e-5):
     return result
 
 
+class Checkpointed(nn.Module):
+    """Runs its layers again in the backward pass, when whoever lends it parameters may have taken them back."""
+
+    def __init__(self, *layers):
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x):
+        return checkpoint(self.layers, x, use_reentrant=False)
+
+
+def checkpointed_net():
+    first = Checkpointed(nn.Linear(INPUTS, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.4))
+    return nn.Sequential(first, Checkpointed(nn.Linear(8, D), nn.Softplus()), nn.Linear(D, C))
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.fc = nn.Linear(INPUTS, INPUTS), nn.Linear(INPUTS, INPUTS), nn.Linear(INPUTS, C)
+        self.b.weight = self.a.weight
+
+    def forward(self, x):
+        return self.fc(torch.tanh(self.b(torch.tanh(self.a(x)))))
+
+
 def mixed_batch():
     images, target, *rest = batch()
     lam = torch.rand(N, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     return images, MixedTarget(target, target.roll(1), lam), *rest
+
+
+@pytest.mark.parametrize("method", EVERY)
+@pytest.mark.parametrize("make", [checkpointed_net, Tied])
+def test_activation_checkpoints_and_tied_weights(method, make):
+    step = problem(method, make=make, per="scalar")
+    before = state_of(step)
+    expected = whole_differences(step, batch())
+    torch.manual_seed(3)
+    assert_close(step.hypergradient(*batch()), expected)
+    torch.manual_seed(3)
+    step.hypergradient(*batch())
+    after = state_of(step)
+    assert all(torch.equal(a, b) for a, b in zip(before[:-1], after[:-1], strict=True))
 
 
 @pytest.mark.parametrize("method", EVERY)

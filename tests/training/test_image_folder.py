@@ -544,3 +544,34 @@ def test_a_full_disk_keeps_the_last_checkpoint(folder, tmp_path, capsys, monkeyp
     assert train(folder, tmp_path / "whole", "--epochs", 8, "-b", 64) == 0
     assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
     assert saved_config(tmp_path / "run")["epochs"] == 8
+
+
+META = ("--loss", "ce", "metalad", "--meta-per-class", 2)
+
+
+def test_meta_images_are_held_out_of_training(folder, tmp_path, capsys):
+    config = TrainConfig.for_data(
+        f"imagefolder:{folder}", model="timm:test_resnet", loss=("metalad",), meta_per_class=2, img_size=32
+    )
+    data = load_image_folder(config, folder, seed=0)
+    whole = load_image_folder(TrainConfig.for_data(f"imagefolder:{folder}"), folder, seed=0)
+    meta, kept, every = (set(d.samples) for d in (data.meta, data.train, whole.train))
+    assert not meta & kept
+    assert meta | kept == every
+    assert torch.tensor([label for _, label in data.meta.samples]).bincount().tolist() == [2] * 10
+    assert data.train_targets.tolist() == [label for _, label in data.train.samples]
+    assert data.images.digests == whole.images.digests  # of what was there, on whichever side of training
+    images, target = data.meta[7, [0, 1, 2]]
+    assert images.shape == (3, 3, 32, 32)
+    assert isinstance(target, torch.Tensor)
+
+    flags = ("--epochs", 1, "-b", 16, *META, "--mixup", 0.2)  # batch norm, and mixtures
+    assert train(folder, tmp_path / "run", *flags) == 0
+    state = torch.load(tmp_path / "run" / "checkpoints" / "metalad-seed0.pt", weights_only=True)
+    assert (state["criterion"]["omega"] != 1).any()
+    per_class = [run["train_count"] for run in read_metrics(tmp_path / "run")["runs"]]
+    assert per_class == [[COUNTS[name] - 2 for name in CLASSES]] * 2  # of both losses
+    capsys.readouterr()
+    assert train(folder, tmp_path / "other", "--epochs", 1, "--loss", "metalad", "--meta-per-class", 3) == 2
+    assert "expected 4 training images or more of every class with meta_per_class 3 from heldout" in one_line(capsys)
+    assert not (tmp_path / "other").exists()

@@ -131,6 +131,20 @@ def test_with_other_options(changes):
     assert math.isfinite(result.train_loss[-1])
 
 
+@pytest.mark.slow
+def test_the_perturbed_outer_loss_drives_the_weights_down():
+    """What the paper prints: the loss falls with the weights themselves, so they do, and rare classes pay for it."""
+    given = config(epochs=40, meta_per_class=10)
+    ce, result = run(given)
+    perturbed = Run("metalad", 0, load_data(given, 0), given, CPU, Processes())
+    perturbed.meta.step.outer = "perturbed"
+    other = fit(perturbed, None, lambda epoch: None)
+    assert bool((ce.criterion.omega.mean(1) > 0.5).all())
+    assert bool((perturbed.criterion.omega.mean(1) < 0).all())
+    few = [r.columns(given)["few"] for r in (result, other)]
+    assert few[0] > few[1] + 0.1
+
+
 def test_the_run_folder_has_omega_over_the_epochs(tmp_path):
     assert main([*JOB, "--output", str(tmp_path / "run")]) == 0
     state = torch.load(tmp_path / "run" / "checkpoints" / "metalad-seed0.pt", weights_only=True)
