@@ -54,11 +54,11 @@ def offsets(seed, **options):
 
 @pytest.mark.slow
 def test_the_constraint_flattens_offsets_which_follow_the_counts_without():
-    """Measured: rank correlation .94 zero-fixed, .96 without the constraint, .55 ± .07 with it."""
-    seeds, columns = range(8), ("correlation", "empirical", "gap")
-    measured = {}
-    for name, options in {"full": {}, "offset only": {"uniform_weight": 0.0}, "zero-fixed": ZERO_FIXED}.items():
-        table = np.array([offsets(seed, **options) for seed in seeds])
+    """Measured: rank correlation .94 zero-fixed, .96 without the constraint, .55 ± .07 with it, which varies most."""
+    variants = {"full": (8, {}), "offset only": (3, {"uniform_weight": 0.0}), "zero-fixed": (3, ZERO_FIXED)}
+    measured, columns = {}, ("correlation", "empirical", "gap")
+    for name, (seeds, options) in variants.items():
+        table = np.array([offsets(seed, **options) for seed in range(seeds)])
         measured[name] = dict(zip(columns, table.mean(0), strict=True))
         print(name, measured[name], table[:, 0].round(2))  # pytest shows it where the test fails
     assert measured["zero-fixed"]["correlation"] > 0.9
