@@ -6,6 +6,7 @@ from types import ModuleType as _ModuleType
 from classfair import backends as _backends
 from classfair import data as data
 from classfair import nn as nn
+from classfair.bilevel import MetaLADStep
 from classfair.fairness import (
     binary_logits,
     demographic_parity_loss,
@@ -68,6 +69,7 @@ __all__ = [
     "LDAMLoss",
     "LogitAdjustedLoss",
     "MetaLADLoss",
+    "MetaLADStep",
     "MixedTarget",
     "PairTerms",
     "Warmup",

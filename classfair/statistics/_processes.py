@@ -84,7 +84,7 @@ def merge_batches(
 ) -> tuple[SlotMoments, Tensor]:
     """One batch from those of all processes, merged in rank order, and the classes of its rows.
 
-    First with each other, then into the state: an exponential state fades once a step, however many processes.
+    An exponential state fades once a step, however many processes: they are merged with each other before.
     """
     index = label_index(keys.flatten(), num_classes, ignore_index=-1)
     slot, slots = index.slot.view_as(keys), index.key_of_slot.shape[0]

@@ -21,7 +21,7 @@ from classfair.training.distributed import Processes
 from classfair.training.group_table import Groups
 from classfair.training.image_list import ImageList
 
-IGNORED = -100
+IGNORED = -100  # label of an image that counts for nothing
 
 #: What a batch is asked for with: the epoch, and the indices of its images.
 Request = tuple[int, list[int]]
@@ -38,6 +38,8 @@ class Data:
     class_names: list[str]
     groups: Groups | None = None
     images: ImageList | None = None  # of a folder
+    meta: Dataset[Any] | None = None  # on which omega is learnt
+    num_meta: int = 0
 
 
 class TensorBatches(Dataset[Any]):
@@ -54,7 +56,7 @@ class TensorBatches(Dataset[Any]):
 class Draw(IntEnum):
     """What random numbers are drawn for."""
 
-    ORDER, IMAGE, MIX, DROPOUT, HEAD, GROUP = range(6)
+    ORDER, IMAGE, MIX, DROPOUT, HEAD, GROUP, META = range(7)
 
 
 def derived_seed(purpose: Draw, *parts: int) -> int:
@@ -107,6 +109,13 @@ class TrainingOrder(Sampler[Request]):
 
     def __len__(self) -> int:
         return sum(map(len, self._requests))
+
+
+def ignored(target: Any) -> Any:
+    """The same target, counting for nothing."""
+    if isinstance(target, Tensor):
+        return torch.full_like(target, IGNORED)
+    return target._replace(y_a=ignored(target.y_a), y_b=ignored(target.y_b))
 
 
 def _deal(step: Tensor, parts: int, least: int) -> list[Tensor]:
@@ -183,10 +192,3 @@ def counted(stats: BatchStats, target: Tensor, group: Tensor | None) -> Tensor:
     cell = torch.where(there, target if group is None else group * classes + target, 0)
     count = torch.zeros(groups * classes, dtype=torch.int64, device=target.device)
     return count.scatter_add_(0, cell, there.long()).view(groups, classes)
-
-
-def ignored(target: Any) -> Any:
-    """The same target, counting for nothing."""
-    if isinstance(target, Tensor):
-        return torch.full_like(target, IGNORED)
-    return target._replace(y_a=ignored(target.y_a), y_b=ignored(target.y_b))

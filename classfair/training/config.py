@@ -13,6 +13,8 @@ from classfair.training.digits import HEAD_COUNT
 LOSSES = ("ce", "la", "ldam", "cb", "focal", "isda", "nisda", "distance", "metalad", "estimated-offset")
 FEATURE_LOSSES = ("isda", "nisda", "distance", "metalad", "estimated-offset")
 OPTIMIZERS = ("sgd", "adamw")
+META_SETS = ("heldout", "train")
+META_METHODS = ("jvp", "double_backward", "finite_difference", "last_layer")
 LR_SCHEDULES = ("cosine", "step", "constant")
 SAMPLERS = ("shuffle", "class-balanced")
 AUGMENTS = ("none", "ra", "ta_wide", "augmix", "imagenet")
@@ -100,6 +102,29 @@ class TrainConfig:
         (1.0, 1.0, 1.0),
         "Weights of class proportion, class variance and class distance in metalad, nisda and distance.",
     )
+    meta_per_class: int = _option(
+        0,
+        "Images of every class for the meta set, on whose loss metalad learns omega (bilevel, by a virtual step); 0: "
+        "omega is fixed.",
+    )
+    meta_lr: float = _option(
+        10.0, "Step size of omega, at least 0: 10 to 30 work on small sets; 0 leaves it as it is, to compare with."
+    )
+    meta_start: int = _option(
+        0, "Epochs of plain cross-entropy, in which class statistics are gathered, before metalad begins."
+    )
+    meta_from: str = _option(
+        "heldout",
+        "Where meta images come from: held out of the training images, for all losses of the job, or images that are "
+        "trained on as well.",
+        metavar="{heldout,train}",
+    )
+    meta_method: str = _option(
+        "jvp",
+        "Derivative of the virtual step: jvp by forward mode, double_backward, finite_difference for models that have "
+        "neither, or last_layer, a virtual step of the classifier alone.",
+        metavar="{jvp,double_backward,finite_difference,last_layer}",
+    )
     center_weight: float = _option(
         0.1, "Weight of the squared distance of features from their class centre. Only estimated-offset.", images=1.0
     )
@@ -132,8 +157,8 @@ class TrainConfig:
     loss_warmup: int = _option(0, "Epochs over which the loss turns from plain cross-entropy into itself.")
     effective_frequency: str = _option(
         "",
-        "Run folder of an earlier job. Its effective frequencies take the place of class counts (la) or multiply them "
-        "(cb): classes that are hard count as rare.",
+        "Run folder of an earlier job. Its effective frequencies (la), times its numbers of validation images (cb), "
+        "take the place of class counts: classes that are hard count as rare.",
         metavar="RUN",
     )
     sampler: str = _option("shuffle", "Order of training images.", metavar="{shuffle,class-balanced}")
@@ -235,6 +260,8 @@ class TrainConfig:
             "bad_images": BAD_IMAGES,
             "missing_groups": MISSING_GROUPS,
             "fairness": FAIRNESS,
+            "meta_from": META_SETS,
+            "meta_method": META_METHODS,
             "offset": OFFSETS,
             "probe": PROBES,
         }
@@ -261,9 +288,9 @@ class TrainConfig:
         ):
             rules[name] = (getattr(self, name) >= 1, "of at least 1")
         at_least_0 = ("tau", "gamma", "weight_decay", "clip_grad", "mixup", "cutmix", "max_margin", "strength")
-        for name in (*at_least_0, "fairness_weight", "center_weight", "uniform_weight", "zero_uniformity"):
+        for name in (*at_least_0, "fairness_weight", "meta_lr", "center_weight", "uniform_weight", "zero_uniformity"):
             rules[name] = (_within(getattr(self, name), 0), "of at least 0")
-        for name in ("drw_start", "loss_warmup", "lr_warmup_epochs", "workers"):
+        for name in ("drw_start", "loss_warmup", "lr_warmup_epochs", "workers", "meta_per_class", "meta_start"):
             rules[name] = (getattr(self, name) >= 0, "of at least 0")
         for name in ("lr", "cosine_scale", "lr_gamma"):
             rules[name] = (_within(getattr(self, name), 0) and getattr(self, name) > 0, "greater than 0")
@@ -300,7 +327,7 @@ class TrainConfig:
             for name, value in {"auto_augment": "none", "bad_images": "error"}.items():
                 rules[name] = (getattr(self, name) == value, "to be left out with digits")
             rules["groups"] = (not self.groups, "with --data imagefolder:DIR")
-        rules |= self._groups()
+        rules |= self._groups() | self._meta()
         if self.effective_frequency:
             used = bool({"la", "cb"} & set(self.loss))
             rules["effective_frequency"] = (used, "with a loss that uses it (la, cb)")
@@ -335,6 +362,23 @@ class TrainConfig:
         if self.has_groups:
             for name in ("mixup", "cutmix"):  # a mixed image is of two groups
                 rules[name] = (not getattr(self, name), "to be left out with groups")
+        return rules
+
+    def _meta(self) -> dict[str, tuple[bool, str]]:
+        if not self.meta_per_class:
+            unused = ("meta_lr", "meta_start", "meta_from", "meta_method")
+            changed = [name for name in unused if getattr(self, name) != getattr(TrainConfig, name)]
+            return dict.fromkeys(changed, (False, "to be left out without meta_per_class"))
+        rules: dict[str, tuple[bool, str]] = {}
+        if self.meta_per_class > 0 and "metalad" not in self.loss:
+            rules["meta_per_class"] = (False, "with loss metalad")
+        if self.meta_start >= self.epochs:
+            rules["meta_start"] = (False, f"below epochs ({self.epochs})")
+        for name, value in {"fairness": "none", "grad_accum": 1}.items():
+            if getattr(self, name) != value:
+                rules[name] = (False, "to be left out with meta_per_class")
+        if self.data == "digits-groups":
+            rules["data"] = (False, "without groups with meta_per_class")
         return rules
 
     def as_dict(self) -> dict[str, Any]:

@@ -12,17 +12,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 
 import classfair
 from classfair._names import say
-from classfair.losses import FeatureLoss
 from classfair.nn import WithFeatures, with_features
 from classfair.training import interruption
 from classfair.training.batches import (
     Data,
     Draw,
     EvaluationOrder,
+    Request,
     TrainingOrder,
     counted,
     derived_seed,
@@ -35,13 +35,14 @@ from classfair.training.distributed import Processes, local_device
 from classfair.training.group_measures import NEED_JOINT, penalty
 from classfair.training.group_table import NO_GROUP, check_same_groups, group_state
 from classfair.training.image_folder import BadImageError
+from classfair.training.meta_learning import MetaLearning
 from classfair.training.models import build_model
 from classfair.training.objective import (
     build_criterion,
     build_lr_schedule,
     build_optimizer,
     build_schedules,
-    read_effective_frequency,
+    read_effective_counts,
 )
 from classfair.training.run_folder import CHECKPOINT_VERSION, RunFolder
 from classfair.training.saved import check_same_images, check_state, newest_checkpoint
@@ -85,16 +86,16 @@ class Run:
         self.device, self.processes = device, processes
         num_classes = len(data.class_names)
         counts = classfair.class_counts(data.train_targets, num_classes)
-        frequency = None
+        effective = None
         if config.effective_frequency:
-            frequency = read_effective_frequency(Path(config.effective_frequency), seed, data.class_names)
+            effective = read_effective_counts(Path(config.effective_frequency), loss, seed, data.class_names)
         self.model: nn.Module = build_model(config, num_classes, seed, loss)
         feature_dim = 0
         if loss in FEATURE_LOSSES:
             self.model = with_features(self.model)
             feature_dim = cast(Tensor, self.model.head.weight).shape[1]
         self.model.to(device)
-        self.criterion = build_criterion(loss, config, counts, frequency, feature_dim).to(device)
+        self.criterion = build_criterion(loss, config, counts, effective, feature_dim).to(device)
         self.optimizer = build_optimizer(self.model, config)
         self.lr_schedule = build_lr_schedule(self.optimizer, config)
         self.schedules = build_schedules(self.criterion, config, counts)
@@ -109,6 +110,10 @@ class Run:
         self.train: Totals | None = None
         self.val: Totals | None = None
         self.net = self._parallel()
+        self.meta: MetaLearning | None = None
+        if loss == "metalad" and data.meta is not None:
+            parts = (self.model, self.criterion, self.optimizer, self.scaler)
+            self.meta = MetaLearning(*parts, data, config, seed, processes)
 
     def _parallel(self) -> nn.Module:
         """What the training step calls: the model, its gradients averaged over all processes."""
@@ -133,11 +138,15 @@ class Run:
         order = TrainingOrder(self.data.train_targets, self.config, self.seed, self.epoch, self.processes)
         groups = None if self.data.groups is None else self.data.groups.train
         batches = self._batches(self.data.train, order, groups)
+        meta = None if self.meta is None else self._batches(*self.meta.begin(self.epoch, order.steps), None)
         for step in range(order.steps):
             window = []
             for part in range(self.config.grad_accum):
                 images, target, group = next(batches)
                 window.append((images, target if order.counts(step, part) else ignored(target), group))
+            if self.meta is not None and meta is not None:
+                with self._autocast():
+                    self.meta.update(window[0], next(meta))
             self._step(window, totals)
         return self._merged(totals, "training")
 
@@ -190,12 +199,9 @@ class Run:
         if not isinstance(self.model, WithFeatures):
             return self.criterion.with_stats(output, target, **options)
         features, logits = output  # (B, D), (B, C)
-        head: Any = self.model.head
-        if isinstance(self.criterion, classfair.EstimatedOffsetLoss):
-            return self.criterion.with_stats(features, head, target, logits=logits, **options)
-        assert isinstance(self.criterion, FeatureLoss)
-        bias = getattr(head, "bias", None)
-        return self.criterion.with_stats(features, head.weight, target, logits=logits, linear_bias=bias, **options)
+        head, criterion = self.model.head, cast(Any, self.criterion)
+        given = head if isinstance(criterion, classfair.EstimatedOffsetLoss) else head.weight
+        return criterion.with_stats(features, given, target, logits=logits, **options)
 
     @torch.no_grad()
     def evaluate(self) -> Totals:
@@ -224,9 +230,7 @@ class Run:
             raise BadImageError(f"expected {part} images that can be read, got none")
         return totals
 
-    def _batches(
-        self, dataset: Dataset[Any], order: TrainingOrder | EvaluationOrder, groups: Tensor | None
-    ) -> Iterator[Batch]:
+    def _batches(self, dataset: Dataset[Any], order: Sampler[Request], groups: Tensor | None) -> Iterator[Batch]:
         """Images where they were loaded, the rest on the device: weights of targets come before the first forward pass.
 
         The loader, which iterates over the order too, keeps it: so groups need not pass through data sets.
@@ -294,6 +298,7 @@ class Run:
     def _parts(self) -> dict[str, Any]:
         parts = {"model": self.model, "criterion": self.criterion, "optimizer": self.optimizer}
         parts |= {"lr_schedule": self.lr_schedule, "scaler": self.scaler}
+        parts |= {} if self.meta is None else {"meta": self.meta}
         return parts | {f"schedule{i}": schedule for i, schedule in enumerate(self.schedules)}
 
     def state_dict(self) -> dict[str, Any]:
@@ -388,6 +393,8 @@ def fit(run: Run, folder: RunFolder | None, on_epoch: Callable[[Epoch], None]) -
         if folder is not None:
             folder.log(name, now)
             if last or run.epoch % run.config.save_every == 0:
+                if run.meta is not None:
+                    run.meta.write(folder, name, run.epoch)
                 folder.write_checkpoint(name, run.state_dict(), last=last)
         on_epoch(now)
     return run.result()

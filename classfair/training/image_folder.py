@@ -12,14 +12,14 @@ from torch.utils.data import Dataset, default_collate
 
 from classfair._names import printable, say
 from classfair.data import MixedTargetCollate
-from classfair.training.batches import Data, Draw, Request, derived_seed
+from classfair.training.batches import IGNORED, Data, Draw, Request, derived_seed
 from classfair.training.config import TrainConfig
 from classfair.training.group_table import check_for_penalty, read_groups
 from classfair.training.image_list import ImageList
+from classfair.training.meta_learning import meta_indices
 from classfair.training.pixels import read_image
 from classfair.training.scan import Sample, Scan, left_out_line
 
-IGNORED = -100
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, which pretrained models expect
 RESIZE = 256 / 224  # shorter side of validation images before the centre crop, in crops
 LONGEST = 8  # times the shorter side: a longer validation image first loses its ends, which the crop drops anyway
@@ -101,6 +101,8 @@ def load_image_folder(config: TrainConfig, folder: Path, seed: int) -> Data:
     _check_apart(config, folder, *folders)
     scan = Scan(folders)
     names, train, val = _samples(config, scan, *folders, seed)
+    images = ImageList.of(train, val, folders, scan.left_out)
+    meta, train = _meta_samples(config, train, names, seed)
     groups = None
     if config.groups:
         paths = [[path for path, _ in part] for part in (train, val)]
@@ -117,7 +119,9 @@ def load_image_folder(config: TrainConfig, folder: Path, seed: int) -> Data:
         num_val=len(val),
         class_names=names,
         groups=groups,
-        images=ImageList.of(train, val, folders, scan.left_out),
+        images=images,
+        meta=ImageBatches(meta, _train_transform(config), default_collate, seed, skip_bad=skip) if meta else None,
+        num_meta=len(meta),
     )
 
 
@@ -151,6 +155,18 @@ def _samples(
         hint = "; --allow-missing leaves such classes out of all means"
         _check_complete(val, names, "validation images of every class", scan, hint)
     return names, train, val
+
+
+def _meta_samples(
+    config: TrainConfig, train: list[Sample], names: list[str], seed: int
+) -> tuple[list[Sample], list[Sample]]:
+    """Images of the meta set, and those to train on."""
+    if not config.meta_per_class:
+        return [], train
+    chosen = set(meta_indices(config, torch.tensor([label for _, label in train]), seed, names).tolist())
+    meta = [sample for i, sample in enumerate(train) if i in chosen]
+    held_out = config.meta_from == "heldout"
+    return meta, [sample for i, sample in enumerate(train) if i not in chosen] if held_out else train
 
 
 def _class_folders(scan: Scan, folder: Path) -> list[str]:

@@ -73,6 +73,7 @@ def report(results: list[RunResult], config: TrainConfig) -> dict[str, Any]:
             "effective_frequency": result.val.effective_frequency.tolist(),
             "train_accuracy": result.train.accuracy.tolist(),
             "train_count": result.train_count.tolist(),
+            "val_count": result.val.count.tolist(),
             "train_loss": result.train_loss,
         }
         for result in results

@@ -16,6 +16,7 @@ LOSSES = {
 }
 #: Sizes of batches, what compile() is told of them, and how many compilations they may take.
 SIZES = {"static": ((24,), False, 2), "dynamic": ((24, 17, 31), True, 2), "automatic": ((24, 17, 31), None, 3)}
+STEPS = 250  # well past the limits of recompilation, and twice past distance_every
 QUICK = {("isda-logits", "static"), ("metalad-3", "automatic")}
 
 
@@ -34,7 +35,7 @@ def test_nothing_is_compiled_again(name, sizes):
     (make, with_logits), (rows, dynamic, most) = LOSSES[name], SIZES[sizes]
     criterion, eager, counter = make(), make(), CompileCounter()
     compiled, frames = torch.compile(criterion, fullgraph=True, dynamic=dynamic, backend=counter), []
-    for step in range(60):
+    for step in range(STEPS):
         features, weight, target = batch(rows[step % len(rows)], step)
         results = []
         for function in (compiled, eager):
@@ -45,6 +46,6 @@ def test_nothing_is_compiled_again(name, sizes):
         frames.append(counter.frame_count)
     for (key, got), expected in zip(criterion.state_dict().items(), eager.state_dict().values(), strict=True):
         torch.testing.assert_close(got, expected, msg=key)
-    assert frames[most - 1 :] == [frames[most - 1]] * (61 - most), frames
+    assert frames[most - 1 :] == [frames[most - 1]] * (STEPS + 1 - most), frames
     assert frames[-1] <= most
     torch._dynamo.reset()
