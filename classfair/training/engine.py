@@ -16,7 +16,6 @@ from torch.utils.data import Dataset, Sampler
 
 import classfair
 from classfair._names import say
-from classfair.losses import FeatureLoss
 from classfair.nn import WithFeatures, with_features
 from classfair.training import interruption
 from classfair.training.batches import (
@@ -200,12 +199,9 @@ class Run:
         if not isinstance(self.model, WithFeatures):
             return self.criterion.with_stats(output, target, **options)
         features, logits = output  # (B, D), (B, C)
-        head: Any = self.model.head
-        if isinstance(self.criterion, classfair.EstimatedOffsetLoss):
-            return self.criterion.with_stats(features, head, target, logits=logits, **options)
-        assert isinstance(self.criterion, FeatureLoss)
-        bias = getattr(head, "bias", None)
-        return self.criterion.with_stats(features, head.weight, target, logits=logits, linear_bias=bias, **options)
+        head, criterion = self.model.head, cast(Any, self.criterion)
+        given = head if isinstance(criterion, classfair.EstimatedOffsetLoss) else head.weight
+        return criterion.with_stats(features, given, target, logits=logits, **options)
 
     @torch.no_grad()
     def evaluate(self) -> Totals:

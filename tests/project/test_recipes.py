@@ -418,6 +418,23 @@ def test_batches_fetched_ahead_inside_accumulate():
     assert steps_in_groups(sync_with_dataloader=True) == 10  # as docs/recipes.md warns: 4 for each last group
 
 
+def test_a_probe_leaves_labels_and_precision_alone():
+    pytest.importorskip("torchmetrics", reason="the recipe's metric is torchmetrics'")
+    from sklearn.metrics import average_precision_score
+
+    names = run_block(recipe("Multi-label heads, with a probe"))
+    model = names["train"](0.1)
+    precision, response = names["evaluate"](model)
+    x, there = names["pairs"](torch.arange(1200, 1498), torch.arange(1498, 1796))
+    with torch.no_grad():
+        expected = average_precision_score(there.numpy(), model(x).sigmoid().numpy(), average="macro")
+    assert float(precision) == pytest.approx(expected, abs=1e-5)
+    assert there.sum(1).unique().tolist() == [1, 2]  # the same digit twice is one label
+    plain_precision, plain_response = names["evaluate"](names["train"](0.0))
+    assert response < 0.1 * plain_response
+    assert abs(precision - plain_precision) < 0.05
+
+
 def test_the_covariance_gradient_is_that_of_the_whole_virtual_step():
     names = run_block(recipe("MetaSAug"))
     images, labels, kept, meta = (names[name] for name in ("images", "labels", "kept", "meta"))
