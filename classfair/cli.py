@@ -102,7 +102,7 @@ def train(argv: Sequence[str]) -> int:
     try:
         names = [f.name for f in fields(training.TrainConfig)]
         config = training.TrainConfig(**{name: getattr(options, name) for name in names})
-        extra, modules = ("vision", _VISION_EXTRA) if config.image_folder is not None else ("train", _TRAIN_EXTRA)
+        extra, modules = ("vision", _VISION_EXTRA) if config.needs_torchvision else ("train", _TRAIN_EXTRA)
         if missing := _missing(modules, import_module):
             return _needs(extra, missing)
         device = training.resolve_device(config.device)
@@ -187,7 +187,7 @@ def _needs(extra: str, missing: list[str]) -> int:
 
 
 def _default_output(config: TrainConfig) -> str:
-    return time.strftime(f"runs/{config.image_folder.name if config.image_folder else config.data}-%Y%m%d-%H%M%S")
+    return time.strftime(f"runs/{Path(config.place).stem if config.reads_images else config.kind}-%Y%m%d-%H%M%S")
 
 
 def _value_of(flag: str, argv: Sequence[str]) -> str:

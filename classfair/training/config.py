@@ -5,10 +5,20 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
-from classfair.training.digits import HEAD_COUNT
+from classfair.training.data_option import (
+    DIGITS,
+    FORMS,
+    HEAD_COUNTS,
+    IMAGES,
+    default_kinds,
+    either,
+    kind_of,
+    place_of,
+    source_rules,
+    with_absolute_place,
+)
 
 LOSSES = ("ce", "la", "ldam", "cb", "focal", "isda", "nisda", "distance", "metalad")
 FEATURE_LOSSES = ("isda", "nisda", "distance", "metalad")
@@ -20,19 +30,16 @@ AMP_DTYPES = ("bfloat16", "float16")
 BAD_IMAGES = ("error", "skip")
 MISSING_GROUPS = ("error", "blank")
 FAIRNESS = ("none", "dp-l2", "dp-mi", "eo-l2", "eo-mi", "iou")
-DIGITS = ("digits", "digits-groups")
-IMAGE_FOLDER = "imagefolder:"
 
 #: What may differ when a job goes on: where things are, and how a step is computed (with batch norm, by which parts).
-PLACES = ("data", "val_dir", "groups", "weights", "effective_frequency")
+PLACES = ("data", "val_dir", "val_list", "image_root", "groups", "weights", "effective_frequency")
 CHANGEABLE = (*PLACES, "batch_size", "grad_accum", "val_batch_size", "workers", "device", "compile", "save_every")
 
 
-def _option(default: Any, text: str, *, images: Any = None, groups: Any = None, **cli: Any) -> Any:
+def _option(default: Any, text: str, **cli: Any) -> Any:
     """A field with its help text for the command line, and its defaults for other data sets where they differ."""
-    metadata = {"help": text, "cli": cli, "default": default}
-    metadata |= {"images": default if images is None else images, "groups": default if groups is None else groups}
-    return field(default=default, metadata=metadata)
+    others: dict[str, Any] = {name: cli.pop(name) for name in ("images", "groups", "mnist", "colour") if name in cli}
+    return field(default=default, metadata={"help": text, "cli": cli, "default": default, **others})
 
 
 @dataclass(frozen=True)
@@ -43,13 +50,26 @@ class TrainConfig:
         "digits",
         "Data set: digits, the 8x8 pixel handwritten digits that come with scikit-learn, made "
         "long-tailed, with half of them as the balanced test set; digits-groups, the same digits sharp or coarse, "
-        "which in training depends on the digit (the default with --fairness); or imagefolder:DIR, with one folder of "
-        "images per class in DIR, or in DIR/train and DIR/val.",
+        "which in training depends on the digit (the default with --fairness); mnist-lt, MNIST made long-tailed, and "
+        "mnist-colour, MNIST in ten colours that training ties to the digits, from torchvision's files in DIR or by "
+        "its download; imagefolder:DIR, with one folder of images per class in DIR, or in DIR/train and DIR/val; "
+        "list:FILE, lines of an image's path and label; or csv:FILE.csv, a table of paths, labels and groups.",
         groups="digits-groups",
-        metavar="{digits,digits-groups,imagefolder:DIR}",
+        metavar="{" + ",".join(FORMS) + "}",
     )
     val_dir: str = _option("", "Folder of validation images, one folder per class of the same names.", metavar="DIR")
-    split: float = _option(0.0, "Share of every class's images to hold out for validation, instead of --val-dir.")
+    val_list: str = _option("", "List of validation images for --data list:FILE, of the same form.", metavar="FILE")
+    image_root: str = _option("", "Folder at which the paths of list:FILE and csv:FILE.csv start.", metavar="DIR")
+    label_column: str = _option("", "csv: column whose values are the classes.", metavar="NAME")
+    split_column: str = _option(
+        "",
+        "csv: column that says train (or 0) for training images and val (or 1) for those of validation; images with "
+        "another value are left out.",
+        metavar="NAME",
+    )
+    split: float = _option(
+        0.0, "Share of every class's images to hold out for validation, instead of --val-dir or --val-list."
+    )
     groups: str = _option(
         "",
         "Table of attributes of the images: a CSV file with a header. Its column file, or image, or else the first one "
@@ -57,7 +77,9 @@ class TrainConfig:
         metavar="FILE.csv",
     )
     group_column: str = _option(
-        "", "Column of --groups whose values are the groups; blank: of none, in no statistic.", metavar="NAME"
+        "",
+        "Column of --groups, or of csv:FILE.csv, whose values are the groups; blank: of none, in no statistic.",
+        metavar="NAME",
     )
     missing_groups: str = _option(
         "error",
@@ -66,7 +88,7 @@ class TrainConfig:
     )
     model: str = _option(
         "mlp",
-        "mlp for digits; for image folders a model of torchvision or else timm by name, or timm:NAME.",
+        "mlp for digits and MNIST; for image files a model of torchvision or else timm by name, or timm:NAME.",
         images="resnet50",
         metavar="NAME",
     )
@@ -83,6 +105,7 @@ class TrainConfig:
         "of features: isda, nisda, distance, and metalad, the sum of la, nisda and distance.",
         images=("ce",),
         groups=("ce",),
+        colour=("ce",),
         metavar="{ce,la,ldam,cb,focal,isda,nisda,distance,metalad} ...",
     )
     tau: float = _option(1.0, "Strength of logit adjustment, no unit; 0 is plain cross-entropy. Only la uses it.")
@@ -116,8 +139,10 @@ class TrainConfig:
         metavar="RUN",
     )
     sampler: str = _option("shuffle", "Order of training images.", metavar="{shuffle,class-balanced}")
-    epochs: int = _option(150, "Passes over the training images.", images=90, groups=60, aliases=("-e",))
-    batch_size: int = _option(64, "Images per process and forward pass.", images=32, groups=256, aliases=("-b",))
+    epochs: int = _option(150, "Passes over the training images.", images=90, groups=60, mnist=20, aliases=("-e",))
+    batch_size: int = _option(
+        64, "Images per process and forward pass.", images=32, groups=256, mnist=128, aliases=("-b",)
+    )
     grad_accum: int = _option(1, "Forward passes per optimiser step.", aliases=("--grad-accum-steps",))
     val_batch_size: int = _option(1024, "Images per process and forward pass of evaluation.", images=64)
     opt: str = _option("sgd", "Optimiser.", metavar="{sgd,adamw}", aliases=("--optimizer",))
@@ -162,12 +187,16 @@ class TrainConfig:
     seeds: int = _option(3, "Number of seeds, counted up from --seed; every loss is trained once with each.", images=1)
     imbalance: float = _option(
         40.0,
-        "digits: images of the most frequent class per image of the rarest, from 1 (balanced) to "
-        f"{HEAD_COUNT}. The most frequent class has {HEAD_COUNT} training images.",
+        "digits and MNIST: images of the most frequent class per image of the rarest, from 1 (balanced) to "
+        f"{HEAD_COUNTS['digits']} and {HEAD_COUNTS['mnist-lt']}, training images of the most frequent class.",
         groups=1.0,
+        mnist=100.0,
+        colour=1.0,
     )
-    many_shot: int = _option(25, "A class with more training images than this counts as many-shot.", images=100)
-    few_shot: int = _option(5, "A class with fewer training images than this counts as few-shot.", images=20)
+    many_shot: int = _option(
+        25, "A class with more training images than this counts as many-shot.", images=100, mnist=1000
+    )
+    few_shot: int = _option(5, "A class with fewer training images than this counts as few-shot.", images=20, mnist=200)
     save_every: int = _option(50, "Epochs between checkpoints; the last epoch always has one.", images=1)
     device: str = _option("cpu", "Where to compute: auto, cpu, cuda or cuda:N.", images="auto", metavar="DEVICE")
 
@@ -177,12 +206,32 @@ class TrainConfig:
         return cls(**{**defaults(data), "data": data, **changes})
 
     @property
-    def image_folder(self) -> Path | None:
-        return Path(self.data.removeprefix(IMAGE_FOLDER)) if self.data.startswith(IMAGE_FOLDER) else None
+    def kind(self) -> str:
+        """Of data: the part before the colon."""
+        return kind_of(self.data)
+
+    @property
+    def place(self) -> str:
+        """Of data: the part after the colon."""
+        return place_of(self.data)
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether the data are image files."""
+        return self.kind in IMAGES
+
+    @property
+    def needs_torchvision(self) -> bool:
+        return self.kind not in DIGITS
+
+    @property
+    def group_table(self) -> str:
+        """The file with the groups of image files, if there is one."""
+        return self.place if self.kind == "csv" and self.group_column else self.groups
 
     @property
     def has_groups(self) -> bool:
-        return bool(self.groups) or self.data == "digits-groups"
+        return bool(self.group_table) or self.kind in ("digits-groups", "mnist-colour")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "loss", tuple(dict.fromkeys(self.loss)))
@@ -197,9 +246,8 @@ class TrainConfig:
                 raise ValueError(f"expected {name} {expected}, got {shown if shown != '' else 'nothing'}")
 
     def _make_paths_absolute(self) -> None:
-        if self.image_folder is not None and len(self.data) > len(IMAGE_FOLDER):
-            object.__setattr__(self, "data", IMAGE_FOLDER + os.path.abspath(self.image_folder))
-        for name in ("val_dir", "groups", "weights", "effective_frequency"):
+        object.__setattr__(self, "data", with_absolute_place(self.data))
+        for name in PLACES[1:]:
             value = getattr(self, name)
             if value not in ("", "pretrained"):
                 object.__setattr__(self, name, os.path.abspath(value))
@@ -215,13 +263,10 @@ class TrainConfig:
             "missing_groups": MISSING_GROUPS,
             "fairness": FAIRNESS,
         }
-        rules = {name: (getattr(self, name) in known, f"to be {_either(known)}") for name, known in choices.items()}
+        rules = {name: (getattr(self, name) in known, f"to be {either(known)}") for name, known in choices.items()}
         losses = len(self.loss) > 0 and set(self.loss) <= set(LOSSES)
         rules["loss"] = (losses, f"to be one or several of {', '.join(LOSSES)}")
-        rules["data"] = (
-            self.data in DIGITS or (len(self.data) > len(IMAGE_FOLDER) and self.image_folder is not None),
-            f"to be {', '.join(DIGITS)} or imagefolder:DIR",
-        )
+        rules["data"] = (self.kind != "", f"to be {either(FORMS)}")
         return rules
 
     def _ranges(self) -> dict[str, tuple[bool, str]]:
@@ -237,6 +282,7 @@ class TrainConfig:
             "save_every",
         ):
             rules[name] = (getattr(self, name) >= 1, "of at least 1")
+        head_count = HEAD_COUNTS.get(self.kind, HEAD_COUNTS["digits"])
         at_least_0 = ("tau", "gamma", "weight_decay", "clip_grad", "mixup", "cutmix", "max_margin", "strength")
         for name in (*at_least_0, "fairness_weight"):
             rules[name] = (_within(getattr(self, name), 0), "of at least 0")
@@ -253,15 +299,16 @@ class TrainConfig:
             "omega": (all(map(math.isfinite, self.omega)), "as three finite numbers"),
             "scale": (0 < self.scale[0] <= self.scale[1] <= 1, "as two ascending shares of 1"),
             "imbalance": (
-                1 <= self.imbalance <= HEAD_COUNT,
-                f"from 1 to {HEAD_COUNT} (above, the rarest class gets no image)",
+                1 <= self.imbalance <= head_count,
+                f"from 1 to {head_count} (above, the rarest class gets no image)",
             ),
             "few_shot": (0 <= self.few_shot <= self.many_shot, f"from 0 to many_shot ({self.many_shot})"),
         }
 
     def _combinations(self) -> dict[str, tuple[bool, str]]:
-        images = self.image_folder is not None
+        images = self.reads_images
         rules = {"model": (images != (self.model == "mlp"), "to be mlp for digits, and another one for image folders")}
+        rules |= source_rules(self)
         if not images:
             for name in (
                 "val_dir",
@@ -273,16 +320,13 @@ class TrainConfig:
                 "random_erase",
                 "model_kwargs",
             ):
-                rules[name] = (not getattr(self, name), "to be left out with digits")
+                rules[name] = (not getattr(self, name), f"to be left out with {self.kind or 'digits'}")
             for name, value in {"auto_augment": "none", "bad_images": "error"}.items():
-                rules[name] = (getattr(self, name) == value, "to be left out with digits")
-            rules["groups"] = (not self.groups, "with --data imagefolder:DIR")
+                rules[name] = (getattr(self, name) == value, f"to be left out with {self.kind or 'digits'}")
         rules |= self._groups()
         if self.effective_frequency:
             used = bool({"la", "cb"} & set(self.loss))
             rules["effective_frequency"] = (used, "with a loss that uses it (la, cb)")
-        if self.val_dir:
-            rules["split"] = (self.split == 0, "to be left out with val_dir")
         if self.loss_warmup:
             ramped = set(self.loss) <= {"la", "ldam", "cb"}
             rules["loss_warmup"] = (ramped, "with losses that have something to ramp (la, ldam, cb)")
@@ -296,9 +340,9 @@ class TrainConfig:
 
     def _groups(self) -> dict[str, tuple[bool, str]]:
         rules: dict[str, tuple[bool, str]] = {}
-        if self.groups or self.group_column:
+        if (self.groups or self.group_column) and self.kind != "csv":
             rules["group_column"] = (bool(self.groups and self.group_column), "together with groups, a CSV file")
-        if not self.groups and self.missing_groups == "blank":
+        if not self.group_table and self.missing_groups == "blank":
             rules["missing_groups"] = (False, "to be left out without groups, a CSV file")
         if self.fairness in FAIRNESS[1:]:
             rules["fairness"] = (self.has_groups, "with groups: data digits-groups, or groups and group_column")
@@ -315,14 +359,12 @@ class TrainConfig:
 
 
 def defaults(data: str) -> dict[str, Any]:
-    """Default of every option for a data set: those of the embedded digits, with groups or not, or of image folders."""
-    kind = "images" if data.startswith(IMAGE_FOLDER) else "groups" if data == "digits-groups" else "default"
-    return {f.name: f.metadata[kind] for f in fields(TrainConfig)}
+    """Default of every option for a data set: digits, with groups or not, MNIST, or image files."""
+    return {
+        f.name: next(f.metadata[kind] for kind in default_kinds(data) if kind in f.metadata)
+        for f in fields(TrainConfig)
+    }
 
 
 def _within(value: float, low: float) -> bool:
     return math.isfinite(value) and value >= low
-
-
-def _either(known: tuple[str, ...]) -> str:
-    return f"{', '.join(known[:-1])} or {known[-1]}"

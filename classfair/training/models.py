@@ -15,17 +15,21 @@ from classfair.training.batches import Draw, derived_seed
 from classfair.training.config import TrainConfig
 from classfair.training.weights import fit_weights, load_weights
 
-WIDTHS = (64, 64, 32)
+#: Inputs and hidden layers of the multi-layer perceptron, by data set.
+WIDTHS = {"mnist-lt": (784, 100, 100, 100), "mnist-colour": (3 * 784, 100, 100, 100)}
+DIGITS_WIDTHS = (64, 64, 32)
 
 
 class MissingPackageError(RuntimeError):
-    """A model's package is not installed, or its weights cannot be had."""
+    """A model's package is not installed, or weights or data cannot be had."""
 
 
 def build_model(config: TrainConfig, num_classes: int, seed: int, *, cosine: bool = False) -> nn.Module:
     """The model with ``num_classes`` logits, initialised from the seed, with a cosine head if asked for."""
     if config.model == "mlp":
-        model: nn.Module = mlp((*WIDTHS, num_classes), torch.Generator().manual_seed(seed))
+        model: nn.Module = mlp(
+            (*WIDTHS.get(config.kind, DIGITS_WIDTHS), num_classes), torch.Generator().manual_seed(seed)
+        )
     else:
         torch.manual_seed(seed)
         arguments, pretrained = _arguments(config), config.weights == "pretrained"

@@ -6,15 +6,19 @@ import numpy as np
 
 from classfair.training.batches import Data, Draw, TensorBatches, derived_seed
 from classfair.training.config import TrainConfig
+from classfair.training.data_option import MNIST
 from classfair.training.digits import GROUP_NAMES, NUM_CLASSES, digits_long_tailed, in_groups
 from classfair.training.group_table import Groups
-from classfair.training.image_folder import load_image_folder
+from classfair.training.image_folder import load_images
+from classfair.training.mnist import COLOURS, MnistBatches, colours, mnist_long_tailed
 
 
 def load_data(config: TrainConfig, seed: int) -> Data:
     """The data set of one seed."""
-    if config.image_folder is not None:
-        return load_image_folder(config, config.image_folder, seed)
+    if config.reads_images:
+        return load_images(config, seed)
+    if config.kind in MNIST:
+        return _mnist(config, seed)
     split, groups = digits_long_tailed(seed, config.imbalance), None
     if config.has_groups:
         split, *parts = in_groups(split, np.random.default_rng(derived_seed(Draw.GROUP, seed)))
@@ -22,6 +26,22 @@ def load_data(config: TrainConfig, seed: int) -> Data:
     return Data(
         train=TensorBatches(split.train_x, split.train_y),
         val=TensorBatches(split.test_x, split.test_y),
+        train_targets=split.train_y,
+        num_val=len(split.test_y),
+        class_names=[str(digit) for digit in range(NUM_CLASSES)],
+        groups=groups,
+    )
+
+
+def _mnist(config: TrainConfig, seed: int) -> Data:
+    split = mnist_long_tailed(seed, config.imbalance, config.place)
+    train_colour = test_colour = groups = None
+    if config.has_groups:
+        train_colour, test_colour = colours(split, np.random.default_rng(derived_seed(Draw.GROUP, seed)))
+        groups = Groups(COLOURS, train_colour, test_colour)
+    return Data(
+        train=MnistBatches(split.train_x, split.train_y, train_colour),
+        val=MnistBatches(split.test_x, split.test_y, test_colour),
         train_targets=split.train_y,
         num_val=len(split.test_y),
         class_names=[str(digit) for digit in range(NUM_CLASSES)],

@@ -47,7 +47,7 @@ HEADINGS = {
 def print_results(results: list[RunResult], config: TrainConfig, path: Path, *, as_json: bool) -> None:
     """The closing tables, or the summary as JSON, to stdout."""
     summary = summarise(results, config)
-    part = "Validation" if config.image_folder else "Test"
+    part = "Validation" if config.reads_images else "Test"
     if line := _left_out(results[0], part):
         print(line, file=sys.stderr if as_json else sys.stdout)
     if as_json:

@@ -17,7 +17,7 @@ pytest.importorskip("torchvision", reason="image folders need torchvision")
 timm = pytest.importorskip("timm", reason="timm's models need timm")
 
 from classfair.training import TrainConfig, engine, saved_config  # noqa: E402
-from classfair.training.image_folder import _val_transform, load_image_folder  # noqa: E402
+from classfair.training.image_folder import _val_transform, load_images  # noqa: E402
 
 CLASSES = ["eight", "five", "four", "nine", "one", "seven", "six", "three", "two", "zero"]  # as folders sort
 COUNTS = dict(zip(CLASSES, (30, 20, 16, 12, 10, 8, 6, 5, 4, 3), strict=True))
@@ -132,7 +132,7 @@ def test_augmentation_depends_on_neither_workers_nor_batches(folder, tmp_path):
     assert same(a, b)
     assert not same(a, c)  # batch norm sees other batches; but the images are the same:
     config = TrainConfig.for_data(f"imagefolder:{folder}", img_size=32, auto_augment="ta_wide")
-    data = load_image_folder(config, folder, seed=0)
+    data = load_images(config, seed=0)
     images, target = data.train[3, [5, 60, 7]]
     again, _ = data.train[3, [60]]
     assert torch.equal(images[1:2], again)
@@ -141,7 +141,7 @@ def test_augmentation_depends_on_neither_workers_nor_batches(folder, tmp_path):
 
 
 def test_loading_images_leaves_the_random_state_alone(folder):
-    data = load_image_folder(TrainConfig.for_data(f"imagefolder:{folder}", img_size=32, mixup=0.2), folder, seed=0)
+    data = load_images(TrainConfig.for_data(f"imagefolder:{folder}", img_size=32, mixup=0.2), seed=0)
     before = torch.get_rng_state()
     data.train[0, [1, 2, 3]]
     assert torch.equal(torch.get_rng_state(), before)
@@ -149,8 +149,8 @@ def test_loading_images_leaves_the_random_state_alone(folder):
 
 def test_split_holds_out_a_share_of_every_class(folder):
     config = TrainConfig.for_data(f"imagefolder:{folder / 'train'}", split=0.34)
-    data = load_image_folder(config, folder / "train", seed=1)
-    other = load_image_folder(config, folder / "train", seed=2)
+    data = load_images(config, seed=1)
+    other = load_images(config, seed=2)
     assert len(data.train_targets) + data.num_val == sum(COUNTS.values())
     assert not {path for path, _ in data.train.samples} & {path for path, _ in data.val.samples}
     assert [path for path, _ in data.val.samples] != [path for path, _ in other.val.samples]
@@ -447,11 +447,11 @@ def test_an_image_that_moved_from_validation_to_training_is_named(stopped, copy,
 
 def test_another_split_of_the_same_images_is_noticed(stopped, copy, capsys, monkeypatch):
     """As of another version of scikit-learn."""
-    from classfair.training import image_folder
+    from classfair.training import class_folders
 
-    split = image_folder._split
+    split = class_folders.split_samples
     run = stopped("--split", 0.34, data=copy / "train")
-    monkeypatch.setattr(image_folder, "_split", lambda samples, share, seed: split(samples, share, seed + 1))
+    monkeypatch.setattr(class_folders, "split_samples", lambda samples, share, seed: split(samples, share, seed + 1))
     assert main(["train", "--no-progress", "--resume", str(run)]) == 2
     assert "got the same ones on other sides" in capsys.readouterr().err
 

@@ -98,7 +98,7 @@ def test_evaluation_has_the_running_averages_of_the_checkpoint(tmp_path):
     timm = pytest.importorskip("timm", reason="the small model is timm's")
     from PIL import Image
 
-    from classfair.training.image_folder import load_image_folder
+    from classfair.training.image_folder import load_images
 
     g = torch.Generator().manual_seed(0)
     for part in ("train", "val"):
@@ -113,7 +113,7 @@ def test_evaluation_has_the_running_averages_of_the_checkpoint(tmp_path):
     model = timm.create_model("test_resnet", num_classes=2).eval()
     model.load_state_dict(state["model"])
     config = TrainConfig.for_data(f"imagefolder:{tmp_path}", img_size=32)
-    images, target = load_image_folder(config, tmp_path, seed=0).val[0, list(range(24))]
+    images, target = load_images(config, seed=0).val[0, list(range(24))]
     loss = torch.nn.functional.cross_entropy(model(images), target)
     assert float(state["val"]["loss"][0] / state["val"]["loss"][1]) == pytest.approx(loss.item(), rel=1e-4)
 
