@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from classfair import _validate as check
+from classfair.etf import ETFLinear as ETFLinear
 
 #: Where torchvision's and timm's models keep their classifier, or the container that it ends.
 _HEAD_NAMES = ("fc", "classifier", "head", "heads")
@@ -192,7 +193,7 @@ def replace_head(model: nn.Module, make: Callable[[Any], nn.Module], head: nn.Mo
 
     Args:
         model: see :func:`with_features`; not a bare classifier.
-        make: receives the present classifier and returns the new one, on any device.
+        make: receives the present classifier and returns the new one, on any device, or a container that ends with it.
         head: see :func:`with_features`.
 
     Returns:
@@ -212,7 +213,7 @@ def replace_head(model: nn.Module, make: Callable[[Any], nn.Module], head: nn.Mo
         raise ValueError(f"{function}: expected a model that contains its head, got a bare {type(model).__name__}")
     old = model.get_submodule(name)
     new, dim = make(old), _weight_shape(old)[1]
-    if not _is_head(new) or _weight_shape(new)[1] != dim:
+    if (found := _find_head(new)) is None or _weight_shape(found)[1] != dim:
         raise ValueError(f"{function}: expected make to return a head for {dim} features, got {_description(new)}")
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, new.to(cast(Tensor, old.weight)))
