@@ -6,6 +6,7 @@ from types import ModuleType as _ModuleType
 from classfair import backends as _backends
 from classfair import data as data
 from classfair import nn as nn
+from classfair.difficulty import RelativeDifficulty
 from classfair.equidistance import equidistance_loss
 from classfair.etf import dot_regression_loss
 from classfair.fairness import (
@@ -66,6 +67,7 @@ __all__ = [
     "MetaLADLoss",
     "MixedTarget",
     "PairTerms",
+    "RelativeDifficulty",
     "Warmup",
     "binary_logits",
     "class_counts",

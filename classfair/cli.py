@@ -300,7 +300,7 @@ def _progress(config: TrainConfig, *, shown: bool) -> Iterator[Any]:
         TextColumn("{task.description}"),
     )
     with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
-        task = bar.add_task("starting", total=config.epochs * config.seeds * len(config.loss))
+        task = bar.add_task("starting", total=config.total_epochs * config.seeds * len(config.loss))
 
         def on_epoch(now: Epoch) -> None:
             accuracy = now.val.accuracy

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from classfair import _validate as check
 from classfair.etf import ETFLinear as ETFLinear
+from classfair.scaled import ScaledLinear as ScaledLinear
 
 #: Where torchvision's and timm's models keep their classifier, or the container that it ends.
 _HEAD_NAMES = ("fc", "classifier", "head", "heads")

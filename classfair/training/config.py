@@ -19,6 +19,7 @@ from classfair.training.data_option import (
     source_rules,
     with_absolute_place,
 )
+from classfair.training.method_rules import HEADS, METHODS, STAGES2, method_rules, total_epochs
 
 LOSSES = ("ce", "la", "ldam", "cb", "focal", "isda", "nisda", "distance", "metalad")
 FEATURE_LOSSES = ("isda", "nisda", "distance", "metalad")
@@ -129,6 +130,28 @@ class TrainConfig:
     fairness_weight: float = _option(
         10.0, "Weight of the penalty, at least 0; the papers' range is 0.1 to 1000. Only --fairness uses it."
     )
+    head: str = _option(
+        "plain",
+        "Classifier: the model's own one, or etf, fixed vectors at equal angles behind batch norm.",
+        metavar="{" + ",".join(HEADS) + "}",
+    )
+    method: str = _option(
+        "none",
+        "How images are weighted: lff, learning from failure, trains a second, biased model and weights what that one "
+        "fails on; jtt, just train twice, repeats what a first model gets wrong.",
+        metavar="{" + ",".join(METHODS) + "}",
+    )
+    jtt_epochs: int = _option(20, "Epochs of the first model. Only jtt uses it.", images=10, mnist=1)
+    jtt_weight: int = _option(20, "How often an image that it gets wrong is added. Only jtt uses it.")
+    stage2: str = _option(
+        "none",
+        "What follows after --epochs, with features fixed: crt draws the classifier anew and trains it on class-"
+        "balanced batches, lws trains a scale of every class on such, tau-norm divides rows by their norms to the "
+        "power of tau.",
+        metavar="{" + ",".join(STAGES2) + "}",
+    )
+    stage2_epochs: int = _option(10, "Epochs of crt and lws.")
+    stage2_tau: float = _option(0.7, "Power of tau-norm, from 0 (nothing changes) on; choose it on validation.")
     label_smoothing: float = _option(0.0, "Share of the target spread over all classes.", aliases=("--smoothing",))
     drw_start: int = _option(0, "Epoch from which classes are re-weighted as in cb; 0: never.")
     loss_warmup: int = _option(0, "Epochs over which the loss turns from plain cross-entropy into itself.")
@@ -225,6 +248,10 @@ class TrainConfig:
         return self.kind not in DIGITS
 
     @property
+    def total_epochs(self) -> int:
+        return total_epochs(self)
+
+    @property
     def group_table(self) -> str:
         """The file with the groups of image files, if there is one."""
         return self.place if self.kind == "csv" and self.group_column else self.groups
@@ -308,7 +335,7 @@ class TrainConfig:
     def _combinations(self) -> dict[str, tuple[bool, str]]:
         images = self.reads_images
         rules = {"model": (images != (self.model == "mlp"), "to be mlp for digits, and another one for image folders")}
-        rules |= source_rules(self)
+        rules |= source_rules(self) | method_rules(self)
         if not images:
             for name in (
                 "val_dir",

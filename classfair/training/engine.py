@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
 import classfair
@@ -29,7 +28,7 @@ from classfair.training.batches import (
     resource_errors,
 )
 from classfair.training.config import FEATURE_LOSSES, TrainConfig
-from classfair.training.distributed import Processes, local_device
+from classfair.training.distributed import Processes, local_device, parallel
 from classfair.training.group_measures import NEED_JOINT, penalty
 from classfair.training.group_table import NO_GROUP, check_same_groups, group_state
 from classfair.training.image_folder import BadImageError
@@ -105,30 +104,27 @@ class Run:
         # One more for images without a group, where there are any.
         self.num_groups = 0 if data.groups is None else len(self.group_names) + data.groups.incomplete
         self.epoch = 0  # epochs done
+        self.stage_start = 0  # epochs done when the present stage, its optimizer and schedule, began
         self.train_loss: list[float] = []
         self.train: Totals | None = None
         self.val: Totals | None = None
-        self.net = self._parallel()
+        self.net = parallel(self.model, config, device, processes)
 
-    def _parallel(self) -> nn.Module:
-        """What the training step calls: the model, its gradients averaged over all processes."""
-        net = self.model
-        if self.processes.world > 1:
-            if self.config.sync_bn:
-                if self.device.type != "cuda":
-                    raise ValueError(f"expected sync_bn on GPUs only, got device {self.device}")
-                net = self.model = nn.SyncBatchNorm.convert_sync_batchnorm(net)
-            net = DistributedDataParallel(net, device_ids=[self.device] if self.device.type == "cuda" else None)
-        return torch.compile(net) if self.config.compile else net  # type: ignore[return-value]
+    def _train_mode(self) -> None:
+        self.model.train()
+        self.criterion.train()
+
+    def _order(self) -> TrainingOrder:
+        """The training images of this epoch."""
+        return TrainingOrder(self.data.train_targets, self.config, self.seed, self.epoch, self.processes)
 
     def train_epoch(self) -> Totals:
         """Statistics of one pass over the training images, taken from the pass itself."""
-        self.model.train()
-        self.criterion.train()
+        self._train_mode()
         # Dropout differs between processes; the generator of workers is fixed because images seed themselves.
         torch.manual_seed(derived_seed(Draw.DROPOUT, self.seed, self.epoch, self.processes.rank))
         totals = self._totals(joint=False)
-        order = TrainingOrder(self.data.train_targets, self.config, self.seed, self.epoch, self.processes)
+        order = self._order()
         groups = None if self.data.groups is None else self.data.groups.train
         batches = self._batches(self.data.train, order, groups)
         for step in range(order.steps):
@@ -308,7 +304,7 @@ class Run:
             raise ValueError("expected a checkpoint with the classes of the data, got other classes")
         check_same_groups(self.data.groups, state)
         tables = {"train": self._totals(joint=False), "val": self._totals(joint=True)}
-        check_state(state, self.config, self._parts(), tables)
+        check_state(state, self.config, self._parts(), tables, self.stage_start)
         try:
             for name, part in self._parts().items():
                 part.load_state_dict(state[name])
@@ -368,12 +364,15 @@ def prepare(
     resume: Path | None,
 ) -> Run:
     """A new run, or one that stands where its newest checkpoint does."""
+    from classfair.training.run_types import run_type  # they are built on this module
+
     state = None if resume is None else newest_checkpoint(resume, loss, seed)
+    new = run_type(config)
     if resume is None or state is None:
-        return Run(loss, seed, data, config, device, processes)
+        return new(loss, seed, data, config, device, processes)
     check_same_images(data.images, state, resume)
     # What the checkpoint replaces need not be there any more.
-    run = Run(loss, seed, data, replace(config, weights="", effective_frequency=""), device, processes)
+    run = new(loss, seed, data, replace(config, weights="", effective_frequency=""), device, processes)
     run.config = config
     run.load_state_dict(state)
     return run
@@ -383,11 +382,11 @@ def fit(run: Run, folder: RunFolder | None, on_epoch: Callable[[Epoch], None]) -
     """Train until the last epoch, with a checkpoint every ``save_every`` epochs and at the end."""
     name = f"{run.loss}-seed{run.seed}"
     if folder is not None:
-        classes, finished = len(run.data.class_names), run.epoch == run.config.epochs
+        classes, finished = len(run.data.class_names), run.epoch == run.config.total_epochs
         folder.begin(name, run.epoch, classes, run.group_names, finished=finished)
-    while run.epoch < run.config.epochs:
+    while run.epoch < run.config.total_epochs:
         now = run.next_epoch()
-        last = run.epoch == run.config.epochs
+        last = run.epoch == run.config.total_epochs
         if folder is not None:
             folder.log(name, now)
             if last or run.epoch % run.config.save_every == 0:

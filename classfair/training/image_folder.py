@@ -102,6 +102,7 @@ def load_images(config: TrainConfig, seed: int) -> Data:
         num_val=len(val),
         class_names=samples.names,
         groups=groups,
+        train_plain=ImageBatches(train, _val_transform(config), default_collate, seed, skip_bad=skip),
         images=ImageList.of(train, val, samples.folders, samples.left_out),
     )
 

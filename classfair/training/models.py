@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from classfair.nn import CosineLinear, replace_head
+from classfair.nn import CosineLinear, ETFLinear, replace_head
 from classfair.training.batches import Draw, derived_seed
 from classfair.training.config import TrainConfig
 from classfair.training.weights import fit_weights, load_weights
@@ -44,9 +44,15 @@ def build_model(config: TrainConfig, num_classes: int, seed: int, *, cosine: boo
     if cosine:
         torch.manual_seed(derived_seed(Draw.HEAD, seed))
         replace_head(model, lambda head: CosineLinear(head.in_features, num_classes, config.cosine_scale))
+    if config.head == "etf":
+        replace_head(model, lambda head: _etf(head.in_features, num_classes, derived_seed(Draw.HEAD, seed)))
     if config.weights and config.weights != "pretrained":
         load_weights(model, Path(config.weights))
     return model
+
+
+def _etf(features: int, num_classes: int, seed: int) -> nn.Module:
+    return nn.Sequential(nn.BatchNorm1d(features), ETFLinear(features, num_classes, seed % 2**63))
 
 
 @torch.no_grad()
