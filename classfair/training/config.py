@@ -335,7 +335,7 @@ class TrainConfig:
     def _combinations(self) -> dict[str, tuple[bool, str]]:
         images = self.reads_images
         rules = {"model": (images != (self.model == "mlp"), "to be mlp for digits, and another one for image folders")}
-        rules |= source_rules(self) | method_rules(self)
+        rules |= source_rules(self)
         if not images:
             for name in (
                 "val_dir",
@@ -363,7 +363,7 @@ class TrainConfig:
                 rules["drw_start"] = (False, "without cb, which has class weights of its own")
         if self.lr_warmup_epochs:
             rules["lr_warmup_epochs"] = (self.lr_warmup_epochs < self.epochs, f"below epochs ({self.epochs})")
-        return rules
+        return rules | method_rules(self)
 
     def _groups(self) -> dict[str, tuple[bool, str]]:
         rules: dict[str, tuple[bool, str]] = {}

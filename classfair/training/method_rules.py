@@ -19,7 +19,7 @@ def total_epochs(config: Any) -> int:
 
 
 def method_rules(config: Any) -> dict[str, tuple[bool, str]]:
-    """By option, whether it holds and what is expected."""
+    """By option that does not hold, what is expected."""
     rules: dict[str, tuple[bool, str]] = {}
     for name, known in (("head", HEADS), ("method", METHODS), ("stage2", STAGES2)):
         rules[name] = (getattr(config, name) in known, f"to be {either(known)}")
@@ -30,7 +30,7 @@ def method_rules(config: Any) -> dict[str, tuple[bool, str]]:
     rules |= _method_rules(config) if config.method in ("lff", "jtt") else {}
     if config.stage2 == "tau-norm" and "ldam" in config.loss:
         rules["stage2"] = (False, "other than tau-norm with ldam, whose rows have no norm")
-    return rules
+    return {name: rule for name, rule in rules.items() if not rule[0]}
 
 
 def _head_rules(config: Any) -> dict[str, tuple[bool, str]]:

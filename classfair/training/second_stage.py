@@ -46,7 +46,7 @@ class SecondStageRun(StagedRun):
 
     def begin_second(self, *, restored: bool) -> TrainConfig:
         self.model = self._plain
-        self.model.requires_grad_(False)
+        self.model.requires_grad_(False).zero_grad()  # an optimizer would step along gradients that are left
         self.criterion = classfair.CrossEntropyLoss(reduction="sum", label_smoothing=self.config.label_smoothing)
         self.criterion.to(self.device)
         torch.manual_seed(derived_seed(Draw.STAGE, self.seed))
