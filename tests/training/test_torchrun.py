@@ -149,3 +149,28 @@ def test_a_step_has_the_same_images_however_it_is_dealt_out(images, sampler):
     assert all(len(step) > 1 for step in expected) or images == 1  # batch norm needs two
     for world, batch_size, grad_accum in ((2, 6, 1), (3, 4, 1), (1, 4, 3), (2, 2, 3), (4, 3, 1), (6, 2, 1)):
         assert steps(world, batch_size, grad_accum) == expected
+
+
+METHODS = {
+    "jtt": ("--method", "jtt", "--jtt-epochs", 1, "--loss", "ce"),
+    "lff": ("--method", "lff", "--loss", "ce"),
+    "crt": ("--stage2", "crt", "--stage2-epochs", 1, "--loss", "ce"),
+    "lws": ("--stage2", "lws", "--stage2-epochs", 1, "--loss", "ce"),
+    "tau-norm": ("--stage2", "tau-norm", "--loss", "ce"),
+}
+
+
+@pytest.mark.parametrize("name", ["lff", *(pytest.param(n, marks=pytest.mark.slow) for n in METHODS if n != "lff")])
+def test_methods_of_two_processes_train_as_one(name, tmp_path):
+    job = ["train", "--no-progress", "--epochs", "2", "--seeds", "1", *map(str, METHODS[name])]
+    assert main([*job, "-b", "60", "--output", str(tmp_path / "alone")]) == 0
+    process = torchrun(2, *job, "-b", 30, "--output", tmp_path / "run")
+    assert process.returncode == 0, process.stderr
+    (mine, my_rows), (one, one_rows) = read(tmp_path / "run", "ce"), read(tmp_path / "alone", "ce")
+    assert mine["epoch"] == one["epoch"]
+    torch.testing.assert_close(mine["model"], one["model"], rtol=2e-4, atol=2e-5)
+    for mine_row, one_row in zip(my_rows, one_rows, strict=True):
+        assert mine_row["train_count"] == one_row["train_count"]
+    for part in ("difficulty", "errors"):
+        if part in one:
+            torch.testing.assert_close(mine[part], one[part], rtol=1e-3, atol=1e-4)
