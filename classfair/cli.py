@@ -137,12 +137,14 @@ def _train(options: Any, config: TrainConfig, device: Any, processes: Processes)
         return _fail(error, USAGE)
     try:
         with _progress(config, shown=processes.is_main and not options.no_progress) as on_epoch:
-            results = training.train(config, folder, on_epoch, device=device, processes=processes, resume=resume)
+            job: Any = training.sweep if config.fairness_sweep else training.train
+            results = job(config, folder, on_epoch, device=device, processes=processes, resume=resume)
         if folder is not None:
-            training.print_results(results, config, folder.path, as_json=options.json)
+            show: Any = training.print_sweep if config.fairness_sweep else training.print_results
+            show(results, config, folder.path, as_json=options.json)
             sys.stdout.flush()
     except KeyboardInterrupt:
-        return _fail(_interrupted(folder, len(config.loss) * config.seeds), INTERRUPTED)
+        return _fail(_interrupted(folder, config.runs), INTERRUPTED)
     except training.MissingPackageError as error:
         return _fail(error, ENVIRONMENT)
     except ValueError as error:
@@ -300,7 +302,7 @@ def _progress(config: TrainConfig, *, shown: bool) -> Iterator[Any]:
         TextColumn("{task.description}"),
     )
     with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
-        task = bar.add_task("starting", total=config.total_epochs * config.seeds * len(config.loss))
+        task = bar.add_task("starting", total=config.total_epochs * config.runs)
 
         def on_epoch(now: Epoch) -> None:
             accuracy = now.val.accuracy

@@ -20,7 +20,8 @@ from classfair.training.report import resolved_config, write_report
 from classfair.training.run_folder import CONFIG, RunFolder, json_ready
 from classfair.training.saved import check_resumable, saved_config
 from classfair.training.schema import CheckpointError
-from classfair.training.tables import print_results
+from classfair.training.sweep import sweep
+from classfair.training.tables import print_results, print_sweep
 from classfair.training.totals import COLUMNS, Epoch, RunResult, summarise
 
 __all__ = [
@@ -43,9 +44,11 @@ __all__ = [
     "joined",
     "json_ready",
     "print_results",
+    "print_sweep",
     "resolve_device",
     "saved_config",
     "summarise",
+    "sweep",
     "train",
 ]
 

@@ -19,6 +19,7 @@ from classfair.training.data_option import (
     source_rules,
     with_absolute_place,
 )
+from classfair.training.group_rules import DEFAULT_WEIGHT, FAIRNESS, group_rules
 from classfair.training.method_rules import HEADS, METHODS, STAGES2, method_rules, total_epochs
 
 LOSSES = ("ce", "la", "ldam", "cb", "focal", "isda", "nisda", "distance", "metalad")
@@ -30,7 +31,6 @@ AUGMENTS = ("none", "ra", "ta_wide", "augmix", "imagenet")
 AMP_DTYPES = ("bfloat16", "float16")
 BAD_IMAGES = ("error", "skip")
 MISSING_GROUPS = ("error", "blank")
-FAIRNESS = ("none", "dp-l2", "dp-mi", "eo-l2", "eo-mi", "iou")
 
 #: What may differ when a job goes on: where things are, and how a step is computed (with batch norm, by which parts).
 PLACES = ("data", "val_dir", "val_list", "image_root", "groups", "weights", "effective_frequency")
@@ -128,7 +128,7 @@ class TrainConfig:
         metavar="{none,dp-l2,dp-mi,eo-l2,eo-mi,iou}",
     )
     fairness_weight: float = _option(
-        10.0, "Weight of the penalty, at least 0; the papers' range is 0.1 to 1000. Only --fairness uses it."
+        DEFAULT_WEIGHT, "Weight of the penalty, at least 0; the papers' range is 0.1 to 1000. Only --fairness uses it."
     )
     head: str = _option(
         "plain",
@@ -152,6 +152,11 @@ class TrainConfig:
     )
     stage2_epochs: int = _option(10, "Epochs of crt and lws.")
     stage2_tau: float = _option(0.7, "Power of tau-norm, from 0 (nothing changes) on; choose it on validation.")
+    fairness_sweep: tuple[float, ...] = _option(
+        (),
+        "Weights of the penalty to train with, one job for each and one for 0, and to compare.",
+        metavar="WEIGHT ...",
+    )
     label_smoothing: float = _option(0.0, "Share of the target spread over all classes.", aliases=("--smoothing",))
     drw_start: int = _option(0, "Epoch from which classes are re-weighted as in cb; 0: never.")
     loss_warmup: int = _option(0, "Epochs over which the loss turns from plain cross-entropy into itself.")
@@ -252,6 +257,11 @@ class TrainConfig:
         return total_epochs(self)
 
     @property
+    def runs(self) -> int:
+        """How many there are, of all seeds, losses and weights of a sweep, one of which is 0."""
+        return self.seeds * len(self.loss) * (len(self.fairness_sweep) + 1)
+
+    @property
     def group_table(self) -> str:
         """The file with the groups of image files, if there is one."""
         return self.place if self.kind == "csv" and self.group_column else self.groups
@@ -263,6 +273,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "loss", tuple(dict.fromkeys(self.loss)))
         object.__setattr__(self, "model_kwargs", tuple(self.model_kwargs))
+        object.__setattr__(self, "fairness_sweep", tuple(map(float, dict.fromkeys(self.fairness_sweep))))
         object.__setattr__(self, "scale", tuple(self.scale))
         self._make_paths_absolute()  # so that a job can be resumed from elsewhere
         object.__setattr__(self, "omega", tuple(self.omega))
@@ -350,7 +361,7 @@ class TrainConfig:
                 rules[name] = (not getattr(self, name), f"to be left out with {self.kind or 'digits'}")
             for name, value in {"auto_augment": "none", "bad_images": "error"}.items():
                 rules[name] = (getattr(self, name) == value, f"to be left out with {self.kind or 'digits'}")
-        rules |= self._groups()
+        rules |= group_rules(self)
         if self.effective_frequency:
             used = bool({"la", "cb"} & set(self.loss))
             rules["effective_frequency"] = (used, "with a loss that uses it (la, cb)")
@@ -364,22 +375,6 @@ class TrainConfig:
         if self.lr_warmup_epochs:
             rules["lr_warmup_epochs"] = (self.lr_warmup_epochs < self.epochs, f"below epochs ({self.epochs})")
         return rules | method_rules(self)
-
-    def _groups(self) -> dict[str, tuple[bool, str]]:
-        rules: dict[str, tuple[bool, str]] = {}
-        if (self.groups or self.group_column) and self.kind != "csv":
-            rules["group_column"] = (bool(self.groups and self.group_column), "together with groups, a CSV file")
-        if not self.group_table and self.missing_groups == "blank":
-            rules["missing_groups"] = (False, "to be left out without groups, a CSV file")
-        if self.fairness in FAIRNESS[1:]:
-            rules["fairness"] = (self.has_groups, "with groups: data digits-groups, or groups and group_column")
-        elif self.fairness_weight >= 0:
-            unused = self.fairness_weight == TrainConfig.fairness_weight
-            rules["fairness_weight"] = (unused, "to be left out without fairness")
-        if self.has_groups:
-            for name in ("mixup", "cutmix"):  # a mixed image is of two groups
-                rules[name] = (not getattr(self, name), "to be left out with groups")
-        return rules
 
     def as_dict(self) -> dict[str, Any]:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
