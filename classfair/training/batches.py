@@ -52,7 +52,7 @@ class TensorBatches(Dataset[Any]):
 class Draw(IntEnum):
     """What random numbers are drawn for."""
 
-    ORDER, IMAGE, MIX, DROPOUT, HEAD, GROUP, STAGE, BIASED = range(8)
+    ORDER, IMAGE, MIX, DROPOUT, HEAD, GROUP, STAGE, BIASED, TRIAL = range(9)
 
 
 def derived_seed(purpose: Draw, *parts: int) -> int:

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from classfair import __version__, training
-from classfair.cli import _first_section, main
+from classfair._usage import first_section
+from classfair.cli import main
 from classfair.training import TrainConfig, engine
 
 TINY = ["train", "--epochs", "2", "--seeds", "2", "--no-progress"]
@@ -204,7 +205,7 @@ def test_bad_usage_is_one_line(flags, message, tmp_path, capsys):
     ],
 )
 def test_the_message_of_the_parser_alone(box):
-    assert _first_section(box) == "Missing value for '--lr'. (see classfair train --help)"
+    assert first_section(box) == "Missing value for '--lr'. (see classfair train --help)"
 
 
 def test_folder_with_files_is_refused_before_training(tmp_path, capsys, monkeypatch):

@@ -174,3 +174,15 @@ def test_methods_of_two_processes_train_as_one(name, tmp_path):
     for part in ("difficulty", "errors"):
         if part in one:
             torch.testing.assert_close(mine[part], one[part], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_sweep_of_two_processes(tmp_path):
+    job = ["train", "--no-progress", "--epochs", "2", "--seeds", "1", "--fairness", "dp-l2", "--fairness-sweep", "50"]
+    assert main([*job, "-b", "60", "--output", str(tmp_path / "alone")]) == 0
+    process = torchrun(2, *job, "-b", 30, "--output", tmp_path / "run")
+    assert process.returncode == 0, process.stderr
+    mine, one = (json.loads((tmp_path / name / "sweep.json").read_text()) for name in ("run", "alone"))
+    for point, other in zip(mine["points"]["ce"], one["points"]["ce"], strict=True):
+        assert point["test"] == pytest.approx(other["test"], rel=0.02, abs=0.01)
+    assert torchrun(2, "train", "--no-progress", "--resume", tmp_path / "run").returncode == 0
