@@ -12,9 +12,10 @@ from classfair.training.batches import ResourceError
 from classfair.training.class_folders import check_output
 from classfair.training.config import TrainConfig, defaults
 from classfair.training.distributed import SINGLE, Processes, joined
-from classfair.training.engine import DeviceUnavailableError, resolve_device, run_all
+from classfair.training.engine import DeviceUnavailableError, resolve_device
 from classfair.training.group_measures import GROUP_COLUMNS
 from classfair.training.image_folder import BadImageError
+from classfair.training.jobs import run_all
 from classfair.training.models import MissingPackageError
 from classfair.training.report import resolved_config, write_report
 from classfair.training.run_folder import CONFIG, RunFolder, json_ready

@@ -17,9 +17,10 @@ from classfair import metrics
 from classfair.training.batches import EvaluationOrder
 from classfair.training.config import TrainConfig
 from classfair.training.distributed import SINGLE, Processes
-from classfair.training.engine import Run, prepare, run_all
+from classfair.training.engine import Run
 from classfair.training.group_measures import measures
 from classfair.training.group_table import NO_GROUP
+from classfair.training.jobs import prepare, run_all
 from classfair.training.report import resolved_config, write_report
 from classfair.training.run_folder import CONFIG, RunFolder
 from classfair.training.sources import load_data

@@ -17,7 +17,7 @@ import torch
 from classfair.training.batches import Draw, derived_seed
 from classfair.training.config import TrainConfig
 from classfair.training.distributed import SINGLE
-from classfair.training.engine import run_all
+from classfair.training.jobs import run_all
 from classfair.training.report import resolved_config
 from classfair.training.run_folder import CONFIG, RunFolder
 from classfair.training.schema import CheckpointError

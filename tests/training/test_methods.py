@@ -11,7 +11,7 @@ from classfair.priors import tau_normalize
 from classfair.training import TrainConfig, engine
 from classfair.training.batches import Draw, derived_seed
 from classfair.training.distributed import SINGLE
-from classfair.training.engine import prepare
+from classfair.training.jobs import prepare
 from classfair.training.models import build_model
 from classfair.training.sources import load_data
 
