@@ -525,3 +525,30 @@ def test_a_full_disk_keeps_the_last_checkpoint(folder, tmp_path, capsys, monkeyp
     assert train(folder, tmp_path / "whole", "--epochs", 8, "-b", 64) == 0
     assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
     assert saved_config(tmp_path / "run")["epochs"] == 8
+
+
+METHODS = (
+    ("--method", "jtt", "--jtt-epochs", 1, "--loss", "ce"),
+    ("--head", "etf", "--loss", "la", "metalad"),
+    ("--stage2", "crt", "--stage2-epochs", 1, "--mixup", 0.2, "--loss", "isda"),
+    ("--stage2", "lws", "--stage2-epochs", 1, "--model", "resnet18", "--amp"),
+    ("--stage2", "tau-norm", "--model", "timm:test_vit", "--model-kwargs", "img_size=32"),
+    ("--method", "lff", "--loss", "ce", "--grad-accum", 2, "--clip-grad", 1, "--amp", "--amp-dtype", "float16"),
+)
+
+
+@pytest.mark.parametrize("flags", [METHODS[0], *(pytest.param(flags, marks=pytest.mark.slow) for flags in METHODS[1:])])
+def test_methods_on_models_of_images(flags, folder, tmp_path):
+    assert train(folder, tmp_path / "run", "--epochs", 1, "-b", 16, *flags) == 0
+    assert main(["train", "--no-progress", "--resume", str(tmp_path / "run")]) == 0
+
+
+def test_errors_of_a_first_model_are_of_images_without_augmentation(folder):
+    config = TrainConfig.for_data(f"imagefolder:{folder}", img_size=32, auto_augment="ra", random_erase=1.0)
+    data = load_images(config, seed=0)
+    images, target = data.train_plain[5, [3, 40]]
+    again, _ = data.train_plain[6, [3, 40]]
+    assert torch.equal(images, again)
+    assert not torch.equal(images, data.train[5, [3, 40]][0])
+    assert target.tolist() == data.train_targets[[3, 40]].tolist()
+    assert data.train_plain.samples == data.train.samples
