@@ -6,6 +6,7 @@ from types import ModuleType as _ModuleType
 from classfair import backends as _backends
 from classfair import data as data
 from classfair import nn as nn
+from classfair.bilevel import MetaLADStep
 from classfair.difficulty import RelativeDifficulty
 from classfair.equidistance import equidistance_loss
 from classfair.etf import dot_regression_loss
@@ -21,12 +22,18 @@ from classfair.functional_stats import cross_entropy_with_stats
 from classfair.losses import (
     ClassBalancedLoss,
     CrossEntropyLoss,
+    EstimatedOffsetLoss,
     FocalLoss,
     ISDALoss,
     LDAMLoss,
     LogitAdjustedLoss,
     MetaLADLoss,
+    ZeroUniformity,
+    center_loss,
+    uniform_constraint,
+    zero_uniformity_loss,
 )
+from classfair.offsets import boundary_distance, empirical_offset
 from classfair.pair import PairTerms, distance_margin, mean_class_distance, pair_variance
 from classfair.priors import (
     effective_counts,
@@ -58,6 +65,7 @@ __all__ = [
     "ClassStatistics",
     "CrossEntropyLoss",
     "DeferredReweighting",
+    "EstimatedOffsetLoss",
     "FocalLoss",
     "ISDALoss",
     "ISDARamp",
@@ -65,11 +73,15 @@ __all__ = [
     "LDAMLoss",
     "LogitAdjustedLoss",
     "MetaLADLoss",
+    "MetaLADStep",
     "MixedTarget",
     "PairTerms",
     "RelativeDifficulty",
     "Warmup",
+    "ZeroUniformity",
     "binary_logits",
+    "boundary_distance",
+    "center_loss",
     "class_counts",
     "class_moments",
     "cross_entropy",
@@ -80,6 +92,7 @@ __all__ = [
     "effective_counts",
     "effective_frequency",
     "effective_number_weights",
+    "empirical_offset",
     "equalized_odds_loss",
     "equidistance_loss",
     "generalized_cross_entropy",
@@ -93,6 +106,8 @@ __all__ = [
     "prediction_bias",
     "tau_normalize",
     "total_weight",
+    "uniform_constraint",
+    "zero_uniformity_loss",
 ]
 
 _backends.load_compiled()

@@ -45,6 +45,7 @@ class Scalars(NamedTuple):
     label_smoothing: float = 0.0
     gamma: float = 0.0
     stats: int = 0
+    mean: bool = False  # whether `reduced` is divided by total_weight
 
 
 class SoftmaxLoss(NamedTuple):
@@ -64,7 +65,7 @@ class SoftmaxLoss(NamedTuple):
 class Options(NamedTuple):
     """What is done with the rows' losses; constants, flat because autograd looks for tensors at the top only."""
 
-    reduction: str = "none"
+    reduced: bool = False
     backend: str = "reference"
     kind: str | None = None  # of a penalty; None: there is none
     penalty_weight: float = 1.0
@@ -94,11 +95,16 @@ class Call(NamedTuple):
 
 
 def _schema(arguments: type[Tensors] | type[Scalars]) -> str:
-    names: dict[Any, str] = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", float: "float"}
+    names: dict[Any, str] = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", float: "float", bool: "bool"}
     return ", ".join(f"{names[kind]} {name}" for name, kind in arguments.__annotations__.items())
 
 
 NUM_TENSORS = len(Tensors._fields)
+
+
+def mean_denominator(total_weight: Tensor, label_smoothing: float) -> Tensor:
+    """What "mean" divides by. NaN for 0 with smoothing, as torch, whose hard part is then 0 / 0."""
+    return torch.where(total_weight == 0, torch.nan, total_weight) if label_smoothing else total_weight
 
 
 def _fwd_fake(*inputs: Any) -> tuple[Tensor, ...]:
@@ -139,14 +145,14 @@ def _bwd_fake(*inputs: Any) -> tuple[Tensor, ...]:
 _library.define(
     f"softmax_loss_fwd({_schema(Tensors)}, {_schema(Scalars)})"
     " -> (Tensor loss, Tensor lse, Tensor lse_raw, Tensor prediction, Tensor mass, Tensor hit,"
-    " Tensor joint, Tensor counts, Tensor total_weight, Tensor loss_sum)",
+    " Tensor joint, Tensor counts, Tensor total_weight, Tensor reduced)",
     _fwd_fake,
 )
-# Gradients of the statistics count `stats_scale` times; `grad_loss` is of each row, or one number for all.
+# Gradients of the statistics count `stats_scale` times; `grad_loss` is of each row, or of `reduced`.
 _library.define(
     "softmax_loss_bwd(Tensor? grad_loss, Tensor? grad_lse, Tensor? grad_mass, Tensor? grad_hit, Tensor? grad_joint,"
-    f" Tensor? stats_scale, {_schema(Tensors)}, Tensor lse, Tensor lse_raw, {_schema(Scalars)},"
-    " bool want_offset, bool want_margin, bool want_pair)"
+    f" Tensor? stats_scale, {_schema(Tensors)}, Tensor lse, Tensor lse_raw, Tensor total_weight,"
+    f" {_schema(Scalars)}, bool want_offset, bool want_margin, bool want_pair)"
     " -> (Tensor grad_logits, Tensor grad_offset, Tensor grad_margin, Tensor grad_pair)",
     _bwd_fake,
 )

@@ -116,10 +116,23 @@ def check_range(function: str, name: str, value: float, low: float, high: float 
         raise ValueError(f"{function}: expected {name} {wanted}, got {value}")
 
 
-def check_number(function: str, name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> None:
+def check_real(function: str, name: str, value: Any) -> None:
     if type(value) is not float and not isinstance(value, Real):  # the second question takes microseconds
         raise TypeError(f"{function}: expected {name} as a number, got {type(value).__name__}")
-    check_range(function, name, _as_float(value), low, high)
+
+
+def check_number(function: str, name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> None:
+    """A finite number in [low, high]."""
+    check_real(function, name, value)
+    number = _as_float(value)
+    check_range(function, name, number, low, high)
+    if math.isinf(number):
+        raise ValueError(f"{function}: expected finite {name}, got {number}")
+
+
+def check_count(function: str, name: str, value: Any, low: int = 1) -> None:
+    """A whole number, as a size is; a bool is none."""
+    check_range(function, name, integer(function, name, value), low)
 
 
 def _as_float(value: Any) -> float:

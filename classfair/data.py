@@ -1,4 +1,4 @@
-"""Batches and their order: mixed targets without dense probabilities, class-balanced and unpadded samplers."""
+"""Batches and their order: mixed targets without dense probabilities, class-balanced sets, and samplers."""
 
 from collections.abc import Callable, Iterator, Sized
 from typing import Any
@@ -142,8 +142,8 @@ class ClassBalancedSampler(Sampler[int]):
         labels = _labels(function, dataset_or_targets, num_classes)
         self._replicas, self._rank = replicas_and_rank(function, num_replicas, rank)
         total = len(labels) if num_samples is None else num_samples
-        check.check_range(function, "num_samples", total, 1)
-        check.check_range(function, "seed", seed, 0)
+        check.check_count(function, "num_samples", total)
+        check.check_count(function, "seed", seed, 0)
         self._len = -(-total // self._replicas)
         self.seed, self.epoch = seed, 0
         # Samples sorted by class: those of the k-th class present are _order[_start[k] : _start[k] + _count[k]].
@@ -167,6 +167,53 @@ class ClassBalancedSampler(Sampler[int]):
         # The remainder of so large a number is uniform to one in 2^62 / count, whatever the count is.
         within = torch.randint(1 << 62, draws, generator=generator) % self._count[k]
         yield from self._order[self._start[k] + within][self._rank :: self._replicas].tolist()
+
+
+def balanced_subset(
+    dataset_or_targets: Any,
+    per_class: int,
+    *,
+    seed: int,
+    num_classes: int | None = None,
+    allow_fewer: bool = False,
+) -> Tensor:
+    """Indices of as many samples of every class, e.g. of a meta set for :class:`classfair.MetaLADStep`.
+
+    Args:
+        dataset_or_targets: integer labels, or a data set that keeps them, as for :func:`classfair.class_counts`.
+        per_class: samples of each class, drawn without replacement.
+        seed: >= 0, of the draw; the same on every process.
+        num_classes: C; None: one more than the largest label.
+        allow_fewer: take all samples of a class that has fewer, at least one.
+
+    Returns:
+        ``(C * per_class,)`` int64 in ascending order, on the CPU. Those of a smaller ``per_class`` and the same seed
+        are a part of them.
+
+    Raises:
+        TypeError: no labels found, or they are no integers.
+        ValueError: a class with fewer samples, by its number; a label or argument out of range.
+
+    Example:
+        >>> labels = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2])
+        >>> chosen = classfair.data.balanced_subset(labels, 2, seed=0)
+        >>> labels[chosen]
+        tensor([0, 0, 1, 1, 2, 2])
+    """
+    function = "balanced_subset"
+    labels = _labels(function, dataset_or_targets, num_classes)
+    check.check_size(function, "per_class", per_class)
+    check.check_number(function, "seed", seed, 0)
+    count = torch.bincount(labels, minlength=num_classes or 0)
+    least = 1 if allow_fewer else per_class
+    if bool((count < least).any()):
+        c = int((count < least).nonzero()[0])
+        raise ValueError(f"{function}: expected {least} or more samples of every class, got {count[c]} of class {c}")
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    order = order[labels[order].argsort(stable=True)]
+    start = count.cumsum(0) - count
+    rank = torch.arange(len(labels)) - start[labels[order]]  # of a sample within its class
+    return order[rank < per_class].sort().values
 
 
 class UnpaddedDistributedSampler(Sampler[int]):

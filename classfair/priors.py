@@ -173,7 +173,8 @@ def effective_counts(stats: BatchStats, class_counts: Any = None) -> Tensor:
         class_counts: ``(C,)`` the :math:`n_c`; None: the samples in ``stats``.
 
     Returns:
-        ``(C,)`` float32. A class that ``stats`` has not seen counts as one of mean EF, times its :math:`n_c`.
+        ``(C,)`` float32. A class that ``stats`` has not seen counts as one of mean EF and, without ``class_counts``, of
+        as many samples as the others have on average: it must not lose its weight in training.
 
     Raises:
         TypeError, ValueError: ``stats`` that are no BatchStats or hold no sample; counts of another size.
@@ -187,15 +188,19 @@ def effective_counts(stats: BatchStats, class_counts: Any = None) -> Tensor:
     frequency = effective_frequency(stats).detach().double()
     if bool(frequency.isnan().all()):
         raise ValueError("effective_counts: expected statistics of at least one sample, got none")
-    if class_counts is None:
-        counts = stats.count.sum(0).double()
-    else:
-        counts = check.check_counts("effective_counts", class_counts).to(frequency.device)
+    counts = stats.count.sum(0) if class_counts is None else check.check_counts("effective_counts", class_counts)
     if counts.shape != frequency.shape:
         expected, got = tuple(frequency.shape), tuple(counts.shape)
         raise ValueError(f"effective_counts: expected class_counts of shape {expected}, got {got}")
-    frequency = torch.where(frequency.isnan(), frequency.nanmean(), frequency)
-    return (counts * frequency.clamp_min(MIN_FREQUENCY)).float()
+    return counts_of_frequency(frequency, counts.to(frequency), measured=class_counts is None).float()
+
+
+def counts_of_frequency(frequency: Tensor, counts: Tensor, measured: bool) -> Tensor:
+    """:func:`effective_counts` of (C,) EF, NaN for classes not seen, and counts: ``measured`` if of its samples."""
+    unseen = frequency.isnan()
+    if measured:
+        counts = torch.where(unseen, counts.sum() / (~unseen).sum(), counts)
+    return counts * torch.where(unseen, frequency.nanmean(), frequency).clamp_min(MIN_FREQUENCY)
 
 
 def tau_normalize(weight: Tensor, tau: float) -> Tensor:

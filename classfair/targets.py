@@ -58,7 +58,13 @@ def flat_mixture(
     return MixedTarget(y_a, y_b, _flat_share(function, target.lam, shape, dtype, place))
 
 
+def _plain(lam: Any) -> Any:
+    """Compiled, a NumPy scalar is an array without dimensions, as which it may change without a recompilation."""
+    return torch.as_tensor(lam) if torch.compiler.is_compiling() and isinstance(lam, np.ndarray) else lam
+
+
 def _flat_share(function: str, lam: Any, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    lam = _plain(lam)
     if not isinstance(lam, Tensor):
         check.check_number(function, "target.lam", lam, 0.0, 1.0)
         return torch.full((math.prod(shape),), float(lam), dtype=dtype, device=device)
@@ -91,9 +97,10 @@ def major_label(target: Tensor | MixedTarget) -> Tensor:
     """
     if not isinstance(target, MixedTarget):
         return target
-    if not isinstance(target.lam, Tensor):
-        return target.y_b if target.lam < 0.5 else target.y_a
-    return torch.where(target.lam.to(target.y_a.device) < 0.5, target.y_b, target.y_a)
+    lam = _plain(target.lam)
+    if not isinstance(lam, Tensor):
+        return target.y_b if lam < 0.5 else target.y_a
+    return torch.where(lam.to(target.y_a.device) < 0.5, target.y_b, target.y_a)
 
 
 def major_first(target: MixedTarget) -> tuple[MixedTarget, Tensor]:

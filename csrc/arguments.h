@@ -41,6 +41,7 @@ struct SoftmaxLossArguments {
   int64_t num_groups, num_cells, ignore_index;
   double label_smoothing, gamma;
   int64_t stats;
+  bool mean;
 
   void take_tensors(BoxedCall& call) {
     call.take(logits, offset, margin, pair, target, target_b, mix, soft_target, slot, weight, sample_weight, group,
@@ -65,7 +66,7 @@ struct SoftmaxLossArguments {
         "classfair: expected soft_target of the shape of logits");
   }
   void take_scalars(BoxedCall& call) {
-    call.take(num_groups, num_cells, ignore_index, label_smoothing, gamma, stats);
+    call.take(num_groups, num_cells, ignore_index, label_smoothing, gamma, stats, mean);
     STD_TORCH_CHECK(num_groups >= 1 && num_cells >= 0 && num_groups <= kMaxTable / std::max<int64_t>(classes(), 1),
                     "classfair: expected tables of at most 2^60 numbers");
     STD_TORCH_CHECK(num_cells <= kMaxTable / std::max<int64_t>(classes(), 1), "classfair: too many cells");
@@ -103,13 +104,13 @@ struct SoftmaxLossForwardArguments : SoftmaxLossArguments {
 
 struct SoftmaxLossBackwardArguments : SoftmaxLossArguments {
   OptionalTensor grad_loss, grad_lse, grad_mass, grad_hit, grad_joint, stats_scale;
-  Tensor lse, lse_raw;
+  Tensor lse, lse_raw, total_weight;
   bool want_offset, want_margin, want_pair;
 
   explicit SoftmaxLossBackwardArguments(BoxedCall& call) {
     call.take(grad_loss, grad_lse, grad_mass, grad_hit, grad_joint, stats_scale);
     take_tensors(call);
-    call.take(lse, lse_raw);
+    call.take(lse, lse_raw, total_weight);
     take_scalars(call);
     call.take(want_offset, want_margin, want_pair);
     check_upstream();
@@ -127,6 +128,7 @@ struct SoftmaxLossBackwardArguments : SoftmaxLossArguments {
     check_numel(grad_joint, num_cells * classes(), "grad_joint");
     check_numel(stats_scale, 1, "stats_scale");
     check_numel(lse, rows, "lse");
+    check_numel(total_weight, 1, "total_weight");
     STD_TORCH_CHECK(lse_raw.numel() == 0 || lse_raw.numel() == rows, "classfair: expected lse_raw of R elements");
     for (OptionalTensor* t : {&grad_lse, &grad_mass, &grad_hit, &grad_joint}) *t = packed(*t);
     lse = packed(lse);
@@ -141,13 +143,13 @@ struct SoftmaxLossOutputs {
   Tensor mass, hit;           // (G, C)
   Tensor joint;               // (cells, C)
   Tensor counts;              // (3 G C + 2,): count, correct and predicted, (G, C) each; invalid and nonfinite
-  Tensor total_weight, loss_sum;
+  Tensor total_weight, reduced;  // (); reduced is the sum of the losses, or their mean
 
   explicit SoftmaxLossOutputs(const SoftmaxLossArguments& a)
       : SoftmaxLossOutputs(a, a.rows(), a.stats ? a.num_groups : 0, a.stats ? a.classes() : 0, a.accumulate_type()) {}
 
   void give(BoxedCall& call) const {
-    call.give(loss, lse, lse_raw, prediction, mass, hit, joint, counts, total_weight, loss_sum);
+    call.give(loss, lse, lse_raw, prediction, mass, hit, joint, counts, total_weight, reduced);
   }
 
  private:
@@ -162,7 +164,7 @@ struct SoftmaxLossOutputs {
         joint(allocate<2>(a.logits, {a.joint() ? a.num_cells : 0, a.joint() ? C : 0}, acc)),
         counts(allocate<1>(a.logits, {a.stats ? 3 * G * C + 2 : 0}, ScalarType::Long)),
         total_weight(allocate<0>(a.logits, {}, acc)),
-        loss_sum(allocate<0>(a.logits, {}, acc)) {}
+        reduced(allocate<0>(a.logits, {}, acc)) {}
 };
 
 // Results of the backward pass, likewise.
@@ -269,8 +271,10 @@ Inputs<T> make_inputs(const SoftmaxLossArguments& a) {
 template <class T>
 struct Upstream {
   using A = acc_t<T>;
-  const A* grad_loss;                          // (rows,) or null: zero
+  const A* grad_loss;                          // (rows,) or () or null: zero
   int64_t grad_loss_stride;                    // 0 where one number serves all rows
+  const A* total_weight;                       // () that this number is divided by, or null
+  bool smoothed;
   const double* grad_lse;                      // (rows,) or null
   const A *grad_mass, *grad_hit, *grad_joint;  // (G, C), (G, C), (cells, C) or null
   const A* stats_scale;                        // () by which these three are multiplied; null: 1
@@ -279,7 +283,10 @@ struct Upstream {
   C10_HOST_DEVICE bool statistics() const {
     return grad_mass != nullptr || grad_hit != nullptr || grad_joint != nullptr;
   }
-  C10_HOST_DEVICE A of_loss(int64_t i) const { return grad_loss ? grad_loss[i * grad_loss_stride] : A(0); }
+  C10_HOST_DEVICE A of_loss(int64_t i) const {
+    const A grad = grad_loss ? grad_loss[i * grad_loss_stride] : A(0);
+    return grad_loss && total_weight ? mean(grad, *total_weight, smoothed) : grad;
+  }
   C10_HOST_DEVICE A of_statistics() const { return stats_scale ? *stats_scale : A(1); }
   C10_HOST_DEVICE A of_lse(int64_t i) const { return grad_lse ? static_cast<A>(grad_lse[i]) : A(0); }
 };
@@ -290,6 +297,8 @@ Upstream<T> make_upstream(const SoftmaxLossBackwardArguments& a) {
   Upstream<T> up{};
   up.grad_loss = optional_data<A>(a.grad_loss);
   up.grad_loss_stride = up.grad_loss && a.grad_loss->dim() == 1 ? a.grad_loss->stride(0) : 0;
+  if (a.mean) up.total_weight = data<A>(a.total_weight);
+  up.smoothed = a.label_smoothing != 0;
   up.grad_lse = optional_data<double>(a.grad_lse);
   up.grad_mass = optional_data<A>(a.grad_mass);
   up.grad_hit = optional_data<A>(a.grad_hit);

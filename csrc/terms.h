@@ -46,6 +46,12 @@ C10_HOST_DEVICE A weighted_loss(A sample_weight, A loss) {
   return sample_weight == A(0) ? A(0) : sample_weight * loss;
 }
 
+// The mean of weighted losses. Of weight 0 it is 0 / 0 with smoothing too, as torch, whose hard part is that.
+template <class A>
+C10_HOST_DEVICE A mean(A sum, A total_weight, bool smoothed) {
+  return sum / (smoothed && total_weight == A(0) ? A(NAN) : total_weight);
+}
+
 // One row's labels, resolved.
 template <class A>
 struct RowLabels {
@@ -84,6 +90,9 @@ C10_HOST_DEVICE RowLabels<A> resolve_labels(const In& in, int64_t i) {
     if (in.pair != nullptr) row.slot = in.slot ? in.slot[i] : row.a;
     if (row.slot < 0 || row.slot >= in.pair_rows) row.slot = -1;
   }
+  // A label without a share has no part in anything: 0 times an infinity would be NaN.
+  if (row.share_a == A(0)) row.a = -1;
+  if (row.share_b == A(0)) row.b = -1;
   return row;
 }
 

@@ -13,6 +13,10 @@ _PIECE_ROWS = 64  # of a slot, on average, above which it is split over programs
 _MAX_SPLITS = 1024
 _MERGED = 1024  # columns of a program of the merge
 
+# Features of larger size, by the type of the moments, make their row one that is not finite: squares of 10^7 such rows
+# add up without an overflow, and leave room for what is multiplied with a variance.
+_LARGEST_FEATURE = {torch.float32: 1e15, torch.float64: 1e150}
+
 
 @triton.jit(do_not_specialize=["num_rows", "stride"])
 def _finite_kernel(
@@ -23,12 +27,14 @@ def _finite_kernel(
     num_rows,
     num_columns,
     stride,
+    LARGEST: tl.constexpr,
+    ACC: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program owns BLOCK_N rows: reads their features, writes whether all are finite; an integer atomic counts the
-    rows with a slot that are not."""
+    """One program owns BLOCK_N rows: reads their features, writes whether all are finite and at most LARGEST; an
+    integer atomic counts the rows with a slot that are not."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     present = rows < num_rows
     start = features + rows * (stride // UNIT * UNIT)
@@ -36,8 +42,8 @@ def _finite_kernel(
     for first in range(0, num_columns, BLOCK_D):
         columns = first + tl.arange(0, BLOCK_D)
         inside = present[:, None] & (columns < num_columns)[None, :]
-        x = tl.load(start[:, None] + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-        odd += tl.sum((tl.abs(x) < float("inf")).to(tl.int32) ^ 1, 1)  # a NaN is not below infinity either
+        x = tl.load(start[:, None] + columns[None, :], mask=inside, other=0.0).to(ACC)
+        odd += tl.sum((tl.abs(x) <= LARGEST).to(tl.int32) ^ 1, 1)  # a NaN is not below anything
     tl.store(finite + rows, (odd == 0).to(tl.int8), mask=present)
     has_slot = tl.load(slot + rows, mask=present, other=-1) >= 0
     tl.atomic_add(nonfinite, tl.sum((has_slot & (odd > 0)).to(tl.int64), 0), sem="relaxed")
@@ -135,13 +141,32 @@ def _share(past, own, momentum, ACC: tl.constexpr):
 
 
 @triton.jit
-def _mixed(share, mean, variance, own_mean, own_variance):
-    """Moments of a mixture (Chan, Golub and LeVeque 1979), and the change of the variance. A share of 1 takes what is
-    given, exactly and without 0 * inf where a square overflows."""
-    delta = own_mean - mean
-    between = tl.where(share == 1.0, 0.0, (1.0 - share) * delta * delta)
-    change = share * (own_variance - variance + between)
-    return tl.where(share == 1.0, own_mean, mean + share * delta), change
+def _changes(share, mean, mean_error, variance, own_mean, own_variance):
+    """Changes of mean and variance in a mixture (Chan, Golub and LeVeque 1979)."""
+    delta = own_mean - mean - mean_error
+    return share * delta, share * (own_variance - variance + (1.0 - share) * delta * delta)
+
+
+@triton.jit
+def _load(values, at, inside, ACC: tl.constexpr):
+    """Zeros where there is no tensor."""
+    if values is None:
+        return tl.zeros(at.shape, ACC)
+    else:
+        return tl.load(values + at, mask=inside, other=0.0)
+
+
+@triton.jit
+def _store_sum(state, error, target, inside, share, old, was, change, own):
+    """Adds a change, and what rounding left out of the state before, and keeps what it leaves out now (Knuth's TwoSum).
+    A share of 1 takes what is given."""
+    change += was
+    new = old + change
+    tl.store(state + target, tl.where(share == 1.0, own, new), mask=inside)
+    if error is not None:
+        added = new - old
+        left = (old - (new - added)) + (change - added)
+        tl.store(error + target, tl.where(share == 1.0, 0.0, left), mask=inside)
 
 
 @triton.jit(do_not_specialize=["slots", "splits", "stride"])
@@ -175,11 +200,10 @@ def _combine_kernel(
         piece = split * slots + slot
         own = tl.load(piece_count + piece)
         share = _share(n, own, None, ACC)
-        own_mean = tl.load(piece_mean + piece * num_columns + columns, mask=inside, other=0.0)
-        own_spread = center
-        if variance is not None:
-            own_spread = tl.load(piece_variance + piece * num_columns + columns, mask=inside, other=0.0)
-        center, change = _mixed(share, center, spread, own_mean, own_spread)
+        at = piece * num_columns + columns
+        own_mean, own_spread = _load(piece_mean, at, inside, ACC), _load(piece_variance, at, inside, ACC)
+        step, change = _changes(share, center, 0.0, spread, own_mean, own_spread)
+        center = tl.where(share == 1.0, own_mean, center + step)
         spread = tl.where(share == 1.0, own_spread, spread + change)
         n += own
     first = tl.load(start + slot)
@@ -215,14 +239,16 @@ def class_moments(
 
     out = outputs(slots)
     parts = out if splits == 1 else outputs(splits, slots)
-    launch = {"UNIT": unit(features.stride(0)), "BLOCK_D": block, "enable_fp_fusion": True}
+    launch = {"UNIT": unit(features.stride(0)), "ACC": acc_type(features), "BLOCK_D": block}
+    launch["enable_fp_fusion"] = True
     grid = (triton.cdiv(columns, block),)
     with torch.cuda.device_of(features):
         sizes = (rows, columns, features.stride(0))
-        _finite_kernel[(triton.cdiv(rows, _ROWS),)](features, slot, finite, nonfinite, *sizes, BLOCK_N=_ROWS, **launch)
+        _finite_kernel[(triton.cdiv(rows, _ROWS),)](
+            features, slot, finite, nonfinite, *sizes, LARGEST=_LARGEST_FEATURE[acc], BLOCK_N=_ROWS, **launch
+        )
         if slots and columns:
             given, sizes = (features, order, start, finite), (slots, splits, columns, features.stride(0))
-            launch["ACC"] = acc_type(features)
             _moments_kernel[(slots * splits, *grid)](*given, *parts, *sizes, BLOCK_N=_ROWS, **launch)
             if splits > 1:
                 _combine_kernel[(slots, *grid)](*given, *parts, *out, *sizes, **launch)
@@ -239,7 +265,8 @@ def _merge_kernel(
     state_count,
     state_mean,
     state_variance,
-    state_error,
+    state_mean_error,
+    state_variance_error,
     momentum,
     num_columns,
     BLOCK_D: tl.constexpr,
@@ -256,24 +283,15 @@ def _merge_kernel(
         inside = columns < num_columns
         source = row * num_columns + columns
         target = label * num_columns + columns
-        own_mean = tl.load(mean + source, mask=inside, other=0.0)
-        own_variance = tl.zeros((BLOCK_D,), ACC)
-        old = own_variance
+        own_mean, own_variance = _load(mean, source, inside, ACC), _load(variance, source, inside, ACC)
+        center, spread = _load(state_mean, target, inside, ACC), _load(state_variance, target, inside, ACC)
+        mean_error = _load(state_mean_error, target, inside, ACC)
+        variance_error = _load(state_variance_error, target, inside, ACC)
+        step, change = _changes(share, center, mean_error, spread, own_mean, own_variance)
+        _store_sum(state_mean, state_mean_error, target, inside, share, center, mean_error, step, own_mean)
         if variance is not None:
-            own_variance = tl.load(variance + source, mask=inside, other=0.0)
-            old = tl.load(state_variance + target, mask=inside, other=0.0)
-        center = tl.load(state_mean + target, mask=inside, other=0.0)
-        center, change = _mixed(share, center, old, own_mean, own_variance)
-        tl.store(state_mean + target, center, mask=inside)
-        if variance is not None:
-            if state_error is not None:
-                # Knuth's TwoSum: what rounding leaves out of the sum.
-                change += tl.load(state_error + target, mask=inside, other=0.0)
-                new = old + change
-                added = new - old
-                error = (old - (new - added)) + (change - added)
-                tl.store(state_error + target, tl.where(share == 1.0, 0.0, error), mask=inside)
-            tl.store(state_variance + target, tl.where(share == 1.0, own_variance, old + change), mask=inside)
+            error = state_variance_error
+            _store_sum(state_variance, error, target, inside, share, spread, variance_error, change, own_variance)
 
 
 def class_moments_merge(
@@ -284,15 +302,15 @@ def class_moments_merge(
     state_count: Tensor,  # (C,)
     state_mean: Tensor,  # (C, D)
     state_variance: Tensor | None,  # (C, D)
-    state_error: Tensor | None,  # (C, D)
+    state_mean_error: Tensor | None,  # (C, D)
+    state_variance_error: Tensor | None,  # (C, D)
     momentum: float | None,
 ) -> None:
     """See ``classfair.ops.class_moments_merge``."""
     slots, columns = mean.shape
     block = min(_MERGED, triton.next_power_of_2(max(1, columns)))
-    state = (state_count, state_mean, state_variance, state_error)
-    # A number would arrive in float32.
-    rate = None if momentum is None else mean.new_full((), momentum)
+    state = (state_count, state_mean, state_variance, state_mean_error, state_variance_error)
+    rate = None if momentum is None else mean.new_full((), momentum)  # a number would arrive in float32
     with torch.cuda.device_of(mean):
         if slots and columns:
             _merge_kernel[(slots, triton.cdiv(columns, block))](

@@ -2,13 +2,16 @@
 
 from classfair.losses._buffers import Keywords
 from classfair.losses.base import CrossEntropyLoss, FeatureLoss
+from classfair.losses.estimated_offset import EstimatedOffsetLoss, center_loss, uniform_constraint
 from classfair.losses.isda import ISDALoss
 from classfair.losses.logits import ClassBalancedLoss, FocalLoss, LDAMLoss, LogitAdjustedLoss
 from classfair.losses.metalad import MetaLADLoss
+from classfair.losses.zero_uniformity import ZeroUniformity, zero_uniformity_loss
 
 __all__ = [
     "ClassBalancedLoss",
     "CrossEntropyLoss",
+    "EstimatedOffsetLoss",
     "FeatureLoss",
     "FocalLoss",
     "ISDALoss",
@@ -16,4 +19,8 @@ __all__ = [
     "LDAMLoss",
     "LogitAdjustedLoss",
     "MetaLADLoss",
+    "ZeroUniformity",
+    "center_loss",
+    "uniform_constraint",
+    "zero_uniformity_loss",
 ]

@@ -76,7 +76,7 @@ class LDAMLoss(CrossEntropyLoss):
         self, class_counts: Any, max_margin: float = 0.5, *, scale: float = 30.0, **keywords: Unpack[Keywords]
     ) -> None:
         super().__init__(**keywords)
-        check.check_number("LDAMLoss", "scale", scale)
+        check.check_real("LDAMLoss", "scale", scale)
         if not 0.0 < scale < float("inf"):
             raise ValueError(f"LDAMLoss: expected finite scale > 0, got {scale}")
         self.max_margin, self.scale = max_margin, scale

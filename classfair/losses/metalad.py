@@ -1,5 +1,6 @@
 """Logit perturbation by class proportion, variance and distance: MetaLAD, with NISDA and the distance term in it."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, Unpack
 
@@ -88,12 +89,14 @@ class MetaLADLoss(FeatureLoss):
         log_prior = logit_adjustment(class_counts)
         num_classes = log_prior.numel()
         super().__init__(num_classes, feature_dim, statistics, keywords)
-        check.check_number("MetaLADLoss", "distance_every", distance_every, 1)
+        check.check_count("MetaLADLoss", "distance_every", distance_every)
         check.check_choice("MetaLADLoss", "per", per, ("scalar", "class", "pair"))
         if not terms or not set(terms) <= set(TERMS):
             raise ValueError(f"MetaLADLoss: expected terms among {', '.join(TERMS)}, got {', '.join(terms) or 'none'}")
         if len(omega) != 3:
             raise ValueError(f"MetaLADLoss: expected omega as three numbers, got {len(omega)}")
+        weights = [check.scalar("MetaLADLoss", "omega", value, -math.inf, math.inf) for value in omega]
+        start = torch.tensor(weights, dtype=torch.float32, device="cpu")
         if per == "pair" and num_classes > MAX_PER_PAIR_CLASSES:
             megabytes = 12 * num_classes**2 / 1e6
             raise ValueError(
@@ -102,7 +105,6 @@ class MetaLADLoss(FeatureLoss):
             )
         self.terms, self.paper_sign, self.distance_every = tuple(terms), paper_sign, int(distance_every)
         shape = {"scalar": (3,), "class": (3, num_classes), "pair": (3, num_classes, num_classes)}[per]
-        start = torch.tensor([float(value) for value in omega], dtype=torch.float32, device="cpu")
         self._register_constant("omega", start.view(3, *(1,) * (len(shape) - 1)), shape)
         self._register_constant("log_prior", log_prior)
         self._register_constant("mean_distance", 0.0)

@@ -13,13 +13,14 @@ from classfair.ops.label_index import LabelIndex
 class SlotMoments(NamedTuple):
     """Moments of a batch by label slot (:class:`classfair.ops.LabelIndex`), zero where no row entered.
 
-    Rows without a slot never enter; rows with a NaN or infinite feature do not either and are counted.
+    Rows without a slot never enter; rows with a feature that is NaN, infinite or so large that its square may overflow
+    (above 1e15 in size, 1e150 in float64) do not either and are counted.
     """
 
     count: Tensor  # type: ignore[assignment]  # (M,) int64, rows that entered
     mean: Tensor  # (M, D) float32, or float64 for float64 features, as below
     variance: Tensor | None  # (M, D) about the mean, divided by the count
-    nonfinite: Tensor  # () int64, rows with a slot and a non-finite feature
+    nonfinite: Tensor  # () int64, rows with a slot and such a feature
 
 
 def _moments_fake(features: Tensor, slot: Tensor, order: Tensor, start: Tensor, variance: bool) -> tuple[Tensor, ...]:
@@ -40,7 +41,8 @@ def _merge_fake(
     state_count: Tensor,
     state_mean: Tensor,
     state_variance: Tensor | None,
-    state_error: Tensor | None,
+    state_mean_error: Tensor | None,
+    state_variance_error: Tensor | None,
     momentum: float | None,
 ) -> None:
     return None
@@ -54,7 +56,8 @@ _library.define(
 # The one operator that writes its arguments: a functional merge would copy the state of every absent class.
 _library.define(
     "class_moments_merge(Tensor count, Tensor mean, Tensor? variance, Tensor key, Tensor(a!) state_count,"
-    " Tensor(b!) state_mean, Tensor(c!)? state_variance, Tensor(d!)? state_error, float? momentum) -> ()",
+    " Tensor(b!) state_mean, Tensor(c!)? state_variance, Tensor(d!)? state_mean_error,"
+    " Tensor(e!)? state_variance_error, float? momentum) -> ()",
     _merge_fake,
 )
 
@@ -83,7 +86,8 @@ def class_moments_merge(
     state_count: Tensor,  # (C,) int64, written
     state_mean: Tensor,  # (C, D), written
     state_variance: Tensor | None = None,  # (C, D), written
-    state_error: Tensor | None = None,  # (C, D), written: what rounding has left out of the variance
+    state_mean_error: Tensor | None = None,  # (C, D), written: what rounding has left out of the mean
+    state_variance_error: Tensor | None = None,  # (C, D), written: and of the variance
     *,
     momentum: float | None = None,
     backend: str | None = None,
@@ -97,7 +101,7 @@ def class_moments_merge(
     name = backends.choose("class_moments", state_mean.device, backend)
     namespace = reference if name == "reference" else backends.namespace(name)
     variance = None if state_variance is None else batch.variance
-    state = (state_count, state_mean, state_variance, state_error)
+    state = (state_count, state_mean, state_variance, state_mean_error, state_variance_error)
     namespace.class_moments_merge(batch.count, batch.mean, variance, key, *state, momentum)
     if not torch.compiler.is_compiling():
         # So that a backward that saved the old state fails instead of using the new one.

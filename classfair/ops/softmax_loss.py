@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from classfair import backends, reference
-from classfair._schema import NUM_TENSORS, Call, Options, Scalars, SoftmaxLoss, Tensors
+from classfair._schema import NUM_TENSORS, Call, Options, Scalars, SoftmaxLoss, Tensors, mean_denominator
 from classfair.ops.label_index import Cells
 from classfair.ops.penalties import Penalty, Statistics
 from classfair.ops.softmax_loss_backward import (
@@ -43,18 +43,11 @@ def count_table(counts: Tensor, shape: torch.Size) -> Tensor:
     return counts.as_strided(shape, (shape[1], 1))
 
 
-def mean_denominator(total_weight: Tensor, label_smoothing: float) -> Tensor:
-    """What "mean" divides by. NaN for 0 with smoothing, as torch, whose hard part is then 0 / 0."""
-    return torch.where(total_weight == 0, torch.nan, total_weight) if label_smoothing else total_weight
-
-
 def reduce_rows(loss: Tensor, total_weight: Tensor, label_smoothing: float, reduction: str) -> Tensor:
     """(R,) losses to what the reduction names."""
-    return loss if reduction == "none" else _reduced(loss.sum(), total_weight, label_smoothing, reduction)
-
-
-def _reduced(loss_sum: Tensor, total_weight: Tensor, label_smoothing: float, reduction: str) -> Tensor:
-    return loss_sum / mean_denominator(total_weight, label_smoothing) if reduction == "mean" else loss_sum
+    if reduction == "none":
+        return loss
+    return loss.sum() / mean_denominator(total_weight, label_smoothing) if reduction == "mean" else loss.sum()
 
 
 class SoftmaxLossFunction(torch.autograd.Function):
@@ -79,11 +72,11 @@ class SoftmaxLossFunction(torch.autograd.Function):
     def compute(call: Call) -> tuple[Any, ...]:
         """The outputs."""
         t, s, key, num_cells, options = call
-        loss, lse, lse_raw, prediction, mass, hit, joint, counts, total_weight, loss_sum = backends.namespace(
+        loss, lse, lse_raw, prediction, mass, hit, joint, counts, total_weight, reduced = backends.namespace(
             options.backend
         ).softmax_loss_fwd(*t, *s)
-        if options.reduction != "none":
-            loss = _reduced(loss_sum, total_weight, s.label_smoothing, options.reduction)
+        if options.reduced:
+            loss = reduced
         if not s.stats:
             return loss, lse, total_weight
         gradients: tuple[Tensor, ...] = ()
@@ -125,13 +118,21 @@ class SoftmaxLossFunction(torch.autograd.Function):
         scale = None
         if loss is not None and options.kind is not None:
             statistics, scale = _with_penalty(loss, statistics, t, s, saved, options)
-        if loss is not None and options.reduction != "none":
-            if options.reduction == "mean":
-                loss = loss / mean_denominator(saved.total_weight, s.label_smoothing)
-            if torch.is_grad_enabled():  # whose formula knows no number for all rows
-                loss = loss.expand(saved.lse.shape[0])
+        if torch.is_grad_enabled() and loss is not None and options.reduced:  # whose formula knows rows only
+            loss = loss / mean_denominator(saved.total_weight, s.label_smoothing) if s.mean else loss
+            loss, s = loss.expand(saved.lse.shape[0]), s._replace(mean=False)
         others = [g if g is None else g.contiguous() for g in (lse, *statistics)]
-        arguments = (loss, *others, scale, *t, saved.lse, saved.lse_raw, *s, *needs[1:NUM_DIFFERENTIABLE])
+        arguments = (
+            loss,
+            *others,
+            scale,
+            *t,
+            saved.lse,
+            saved.lse_raw,
+            saved.total_weight,
+            *s,
+            *needs[1:NUM_DIFFERENTIABLE],
+        )
         # Without create_graph the nested Function would only cost time: 0.05 ms a call.
         if torch.is_grad_enabled():
             function = SoftmaxLossBackward if torch.compiler.is_compiling() else SoftmaxLossBackwardForwardMode
@@ -201,7 +202,7 @@ class SoftmaxLossForwardMode(SoftmaxLossFunction):
 
         def formula(*values: Tensor) -> tuple[Tensor, ...]:
             own, options = Tensors._make((*values, *t[NUM_DIFFERENTIABLE:])), ctx.options
-            out = _reference(own, ctx.scalars, options.reduction, penalty_of(options), saved.key, saved.num_cells)
+            out = _reference(own, ctx.scalars, options.reduced, penalty_of(options), saved.key, saved.num_cells)
             outputs = (out.loss, out.lse, out.mass, out.hit, out.joint)[:number]
             return tuple(o for o in outputs if o is not None)
 
@@ -267,11 +268,11 @@ def softmax_loss(
     if cells is not None:
         given |= {"cell": cells.slot, "num_cells": cells.key.shape[0]}
     t = Tensors(logits, **{name: given.pop(name) for name in Tensors._fields if name in given})
-    s = Scalars(**given)
+    s = Scalars(**given, mean=reduction == "mean")
     key, num_cells = (None, None) if cells is None else cells[1:]
     if backend == "reference":
-        return _reference(t, s, reduction, penalty, key, num_cells)
-    options = Options(reduction, backend, *(penalty or ()))
+        return _reference(t, s, reduction != "none", penalty, key, num_cells)
+    options = Options(reduction != "none", backend, *(penalty or ()))
     out = _apply(Call(t, s, key, num_cells, options))
     if not s.stats:
         return SoftmaxLoss(*out[:3])
@@ -282,12 +283,12 @@ def softmax_loss(
 
 
 def _reference(
-    t: Tensors, s: Scalars, reduction: str, penalty: Penalty | None, key: Tensor | None, num_cells: Tensor | None
+    t: Tensors, s: Scalars, reduces: bool, penalty: Penalty | None, key: Tensor | None, num_cells: Tensor | None
 ) -> SoftmaxLoss:
     """In plain torch, which autograd differentiates."""
-    loss, lse, *statistics, total_weight, loss_sum = reference.softmax_loss(t, s)
-    if reduction != "none":
-        loss = _reduced(loss_sum, total_weight, s.label_smoothing, reduction)
+    loss, lse, *statistics, total_weight, reduced = reference.softmax_loss(t, s)
+    if reduces:
+        loss = reduced
     if not s.stats:
         return SoftmaxLoss(loss, lse, total_weight)
     _, _, mass, hit, joint, counts = statistics

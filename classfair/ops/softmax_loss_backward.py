@@ -29,7 +29,7 @@ class SoftmaxLossBackward(torch.autograd.Function):
         saved = (*inputs[:NUM_UPSTREAM], *inputs[first:last])
         ctx.save_for_backward(*saved)
         ctx.save_for_forward(*saved)
-        ctx.scalars, ctx.wants = Scalars._make(inputs[last + 2 : -4]), inputs[-4:-1]
+        ctx.scalars, ctx.wants = Scalars._make(inputs[last + 3 : -4]), inputs[-4:-1]
         ctx.set_materialize_grads(False)
 
     @staticmethod

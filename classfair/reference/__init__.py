@@ -4,7 +4,7 @@ In float64 it is the oracle of the conformance suite, and higher derivatives of 
 of these formulas. It runs on every device; autograd differentiates it.
 """
 
-from classfair.reference.class_moments import class_moments, class_moments_merge, merge_weight
+from classfair.reference.class_moments import class_moments, class_moments_merge, merge_weight, usable_rows
 from classfair.reference.label_index import label_index
 from classfair.reference.pair_terms import (
     pair_terms,
@@ -32,4 +32,5 @@ __all__ = [
     "segments",
     "softmax_loss",
     "softmax_loss_backward",
+    "usable_rows",
 ]

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from classfair._schema import Scalars, Tensors
+from classfair._schema import Scalars, Tensors, mean_denominator
 from classfair.reference.label_index import classify, raise_if_bad
 
 
@@ -87,18 +87,20 @@ def softmax_loss(t: Tensors, s: Scalars) -> tuple[Tensor, ...]:
     loss = torch.where(labels.invalid, math.nan, torch.where(labels.ignored, 0.0, loss))
     lse = torch.where(dead, -math.inf, top.double() + log_sum.double())
     lse = torch.where(valid, lse, 0.0)
-    total_weight, loss_sum = _total_weight(raw, labels, t), loss.sum()
+    total_weight, reduced = _total_weight(raw, labels, t), loss.sum()
+    if s.mean:
+        reduced = reduced / mean_denominator(total_weight, s.label_smoothing)
     if not s.stats:
         table, none = raw.new_empty(0, 0), raw.new_empty(0, dtype=torch.int64)
         empty = (lse.new_empty(0), none, table, table.clone(), table.clone(), none.clone())
-        return loss, lse, *empty, total_weight, loss_sum
+        return loss, lse, *empty, total_weight, reduced
 
     lse_raw, prediction, mass, hit, joint, counts = _statistics(raw, safe, labels, t, s)
     if not t.perturbed:
         lse_raw = lse.new_empty(0)
     if s.stats == 1:
         mass, hit, joint = mass.detach(), hit.detach(), joint.detach()
-    return loss, lse, lse_raw.detach(), prediction, mass, hit, joint, counts, total_weight, loss_sum
+    return loss, lse, lse_raw.detach(), prediction, mass, hit, joint, counts, total_weight, reduced
 
 
 def _perturbed(x: Tensor, t: Tensors, labels: Labels) -> Tensor:
@@ -149,7 +151,7 @@ def _total_weight(raw: Tensor, labels: Labels, t: Tensors) -> Tensor:
     parts = [(None, ones)] if t.soft_target is not None else labels.labels
     total = torch.zeros((), dtype=torch.float64, device=raw.device)
     for y, share in parts:
-        w = share if t.weight is None or y is None else share * t.weight[y]
+        w = share if t.weight is None or y is None else torch.where(share == 0, 0.0, share * t.weight[y])
         if t.sample_weight is not None:
             w = w * t.sample_weight
         total = total + torch.where(labels.valid, w, 0.0).sum(dtype=torch.float64)

@@ -1,12 +1,12 @@
 """A batch into the covariance matrices of its classes, in plain torch."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from classfair.ops import LabelIndex, SlotMoments
-from classfair.reference import merge_weight
+from classfair.reference import merge_weight, usable_rows
 
 # A block with a single row would cost as much memory traffic as one with eight.
 _MIN_BLOCK_ROWS = 8
@@ -18,7 +18,22 @@ class State(NamedTuple):
     count: Tensor  # type: ignore[assignment]  # (C,) int64
     mean: Tensor  # (C, D)
     cov: Tensor | None  # (C, D) variances, or (C, D, D)
-    error: Tensor | None  # (C, D), what rounding has left out of the (diagonal) variances; None where that is not kept
+    mean_error: Tensor | None  # (C, D), what rounding has left out of the means; None where that is not kept
+    cov_error: Tensor | None  # (C, D), and of the (diagonal) variances
+
+
+def zero_state(
+    num_classes: int, dim: int, covariance: str, dtype: torch.dtype, device: Any, errors: tuple[bool, bool]
+) -> State:
+    """The state of no sample; whether there are rounding errors of means, and of variances."""
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(num_classes, *shape, dtype=dtype, device=device)
+
+    shape = {"diag": (dim,), "full": (dim, dim)}.get(covariance)
+    count = torch.zeros(num_classes, dtype=torch.int64, device=device)
+    cov = None if shape is None else zeros(*shape)
+    return State(count, zeros(dim), cov, *(zeros(dim) if kept else None for kept in errors))
 
 
 class _Blocks(NamedTuple):
@@ -61,10 +76,13 @@ def merge_covariance(
     if features.shape[0] == 0 or cov is None:
         return
     blocks, key, mean = _cut(index), index.key_of_slot, batch.mean
-    counted = blocks.present & features.isfinite().all(1)[blocks.row]  # (K, B)
+    counted = blocks.present & usable_rows(features, mean.dtype)[blocks.row]  # (K, B)
     w = merge_weight(batch.count, state.count[key], momentum, mean.dtype)  # (M,)
     w = torch.where(batch.count > 0, w, 0.0)
-    between = (1 - w).clamp_min(0).sqrt()[:, None] * (mean - state.mean[key])  # (M, D)
+    delta = mean - state.mean[key]  # (M, D)
+    if state.mean_error is not None:
+        delta = delta - state.mean_error[key]
+    between = (1 - w).clamp_min(0).sqrt()[:, None] * delta
     scale = batch.count.clamp_min(1).to(mean.dtype).rsqrt()  # (M,)
     update = torch.zeros_like(cov[:1])
     for k in range(blocks.slot.shape[0]):
@@ -76,8 +94,8 @@ def merge_covariance(
         # A block that is not the last of its slot, or of none, writes back what it read.
         label, share = key[slot], (w[slot] * ends)[:, None]
         new = cov[label].lerp_(update, share[:, :, None])
-        if state.error is not None:
-            _add_exactly(cov[label], update, share, state.error, label, new)
+        if state.cov_error is not None:
+            _add_exactly(cov[label], update, share, state.cov_error, label, new)
         cov.index_copy_(0, label, new)
 
 

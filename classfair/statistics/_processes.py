@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from classfair.ops import SlotMoments, class_moments_merge, label_index
+from classfair.ops import LabelIndex, SlotMoments, class_moments, class_moments_merge, label_index
 
 
 def agree_on_rows(features: Tensor, group: Any, max_batch: int | None) -> int:
@@ -60,12 +60,31 @@ def gather_moments(batch: SlotMoments, key: Tensor, slots: int, group: Any) -> t
     return batches, torch.where(count > 0, keys, -1)
 
 
+def merge_processes(
+    batch: SlotMoments, features: Tensor, index: LabelIndex, group: Any, max_batch: int | None, backend: str | None
+) -> tuple[SlotMoments, Tensor]:
+    """One batch from those of all processes, and the classes of its rows; ``batch`` is of this process's features."""
+    slots = min(agree_on_rows(features, group, max_batch), index.num_keys)
+    batches, keys = gather_moments(batch, index.key_of_slot, slots, group)
+    return merge_batches(batches, keys, index.num_keys, backend)
+
+
+def batch_means(
+    features: Tensor, index: LabelIndex, *, process_group: Any, sync: bool, max_batch: int | None
+) -> tuple[SlotMoments, Tensor]:
+    """Counts and means by class of a batch, of all processes together, and the classes of the rows; unchecked."""
+    batch = class_moments(features, index, variance=False)
+    if sync and dist.is_available() and dist.is_initialized() and dist.get_world_size(process_group) > 1:
+        return merge_processes(batch, features, index, process_group, max_batch, None)
+    return batch, index.key_of_slot
+
+
 def merge_batches(
     batches: list[SlotMoments], keys: Tensor, num_classes: int, backend: str | None
 ) -> tuple[SlotMoments, Tensor]:
     """One batch from those of all processes, merged in rank order, and the classes of its rows.
 
-    First with each other, then into the state: an exponential state fades once a step, however many processes.
+    An exponential state fades once a step, however many processes: they are merged with each other before.
     """
     index = label_index(keys.flatten(), num_classes, ignore_index=-1)
     slot, slots = index.slot.view_as(keys), index.key_of_slot.shape[0]

@@ -14,11 +14,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
+from classfair import BatchStats
 from classfair.data import ClassBalancedSampler, UnpaddedDistributedSampler
 from classfair.training.config import TrainConfig
 from classfair.training.distributed import Processes
 from classfair.training.group_table import Groups
 from classfair.training.image_list import ImageList
+
+IGNORED = -100  # label of an image that counts for nothing
 
 #: What a batch is asked for with: the epoch, and the indices of its images.
 Request = tuple[int, list[int]]
@@ -36,6 +39,8 @@ class Data:
     groups: Groups | None = None
     images: ImageList | None = None  # of a folder
     train_plain: Dataset[Any] | None = None  # training images prepared as those of validation, where that differs
+    meta: Dataset[Any] | None = None  # on which omega is learnt
+    num_meta: int = 0
 
 
 class TensorBatches(Dataset[Any]):
@@ -52,7 +57,7 @@ class TensorBatches(Dataset[Any]):
 class Draw(IntEnum):
     """What random numbers are drawn for."""
 
-    ORDER, IMAGE, MIX, DROPOUT, HEAD, GROUP, STAGE, BIASED, TRIAL = range(9)
+    ORDER, IMAGE, MIX, DROPOUT, HEAD, GROUP, META, STAGE, BIASED, TRIAL = range(10)
 
 
 def derived_seed(purpose: Draw, *parts: int) -> int:
@@ -122,6 +127,13 @@ def _order(targets: Tensor, config: TrainConfig, seed: int, epoch: int) -> Tenso
     return torch.randperm(len(targets), generator=generator)
 
 
+def ignored(target: Any) -> Any:
+    """The same target, counting for nothing."""
+    if isinstance(target, Tensor):
+        return torch.full_like(target, IGNORED)
+    return target._replace(y_a=ignored(target.y_a), y_b=ignored(target.y_b))
+
+
 def _deal(step: Tensor, parts: int, least: int) -> list[Tensor]:
     """Parts of nearly equal size and at least that many images; some may be empty for it."""
     filled = max(1, min(parts, len(step) // least))
@@ -187,3 +199,12 @@ def _leave_interrupts_to_the_main_process(worker: int) -> None:
 
 def _as_it_is(batch: Any) -> Any:
     return batch
+
+
+def counted(stats: BatchStats, target: Tensor, group: Tensor | None) -> Tensor:
+    """(G, C) images of a batch that are not ignored, with those that statistics leave out."""
+    groups, classes = stats.count.shape
+    there = target != IGNORED
+    cell = torch.where(there, target if group is None else group * classes + target, 0)
+    count = torch.zeros(groups * classes, dtype=torch.int64, device=target.device)
+    return count.scatter_add_(0, cell, there.long()).view(groups, classes)

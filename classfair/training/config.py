@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from classfair.training.config_rules import FEATURE_LOSSES as FEATURE_LOSSES
+from classfair.training.config_rules import rules
 from classfair.training.data_option import (
     DIGITS,
     FORMS,
     HEAD_COUNTS,
     IMAGES,
     default_kinds,
-    either,
     kind_of,
     place_of,
-    source_rules,
     with_absolute_place,
 )
-from classfair.training.group_rules import DEFAULT_WEIGHT, FAIRNESS, group_rules
-from classfair.training.method_rules import HEADS, METHODS, STAGES2, method_rules, total_epochs
-
-LOSSES = ("ce", "la", "ldam", "cb", "focal", "isda", "nisda", "distance", "metalad")
-FEATURE_LOSSES = ("isda", "nisda", "distance", "metalad")
-OPTIMIZERS = ("sgd", "adamw")
-LR_SCHEDULES = ("cosine", "step", "constant")
-SAMPLERS = ("shuffle", "class-balanced")
-AUGMENTS = ("none", "ra", "ta_wide", "augmix", "imagenet")
-AMP_DTYPES = ("bfloat16", "float16")
-BAD_IMAGES = ("error", "skip")
-MISSING_GROUPS = ("error", "blank")
+from classfair.training.group_rules import DEFAULT_WEIGHT
+from classfair.training.method_rules import HEADS, METHODS, STAGES2, total_epochs
 
 #: What may differ when a job goes on: where things are, and how a step is computed (with batch norm, by which parts).
 PLACES = ("data", "val_dir", "val_list", "image_root", "groups", "weights", "effective_frequency")
@@ -103,11 +92,12 @@ class TrainConfig:
         ("ce", "la"),
         "Losses to train with, one or several: ce is plain cross-entropy, la logit adjustment, ldam label-distribution-"
         "aware margins on a cosine head, cb class-balanced weights, focal the focal loss; from class statistics "
-        "of features: isda, nisda, distance, and metalad, the sum of la, nisda and distance.",
+        "of features: isda, nisda, distance, and metalad, the sum of la, nisda and distance; estimated-offset, a head "
+        "whose offset follows from weights and class centres and is kept uniform.",
         images=("ce",),
         groups=("ce",),
         colour=("ce",),
-        metavar="{ce,la,ldam,cb,focal,isda,nisda,distance,metalad} ...",
+        metavar="{ce,la,ldam,cb,focal,isda,nisda,distance,metalad,estimated-offset} ...",
     )
     tau: float = _option(1.0, "Strength of logit adjustment, no unit; 0 is plain cross-entropy. Only la uses it.")
     max_margin: float = _option(0.5, "Margin of the rarest class in units of cosine. Only ldam uses it.")
@@ -120,6 +110,47 @@ class TrainConfig:
     omega: tuple[float, float, float] = _option(
         (1.0, 1.0, 1.0),
         "Weights of class proportion, class variance and class distance in metalad, nisda and distance.",
+    )
+    meta_per_class: int = _option(
+        0,
+        "Images of every class for the meta set, on whose loss metalad learns omega (bilevel, by a virtual step); 0: "
+        "omega is fixed.",
+    )
+    meta_lr: float = _option(
+        10.0, "Step size of omega, at least 0: 10 to 30 work on small sets; 0 leaves it as it is, to compare with."
+    )
+    meta_start: int = _option(
+        0, "Epochs of plain cross-entropy, in which class statistics are gathered, before metalad begins."
+    )
+    meta_from: str = _option(
+        "heldout",
+        "Where meta images come from: held out of the training images, for all losses of the job, or images that are "
+        "trained on as well.",
+        metavar="{heldout,train}",
+    )
+    meta_method: str = _option(
+        "jvp",
+        "Derivative of the virtual step: jvp by forward mode, double_backward, finite_difference for models that have "
+        "neither, or last_layer, a virtual step of the classifier alone.",
+        metavar="{jvp,double_backward,finite_difference,last_layer}",
+    )
+    center_weight: float = _option(
+        0.1, "Weight of the squared distance of features from their class centre. Only estimated-offset.", images=1.0
+    )
+    uniform_weight: float = _option(1.0, "Weight of the uniform constraint on offsets. Only estimated-offset uses it.")
+    offset: str = _option(
+        "estimated",
+        "What the head subtracts from its logits: the estimated offset, or zero, which leaves the constraint alone "
+        "(with both weights at 0, a head without bias). Only estimated-offset uses it.",
+        metavar="{estimated,zero}",
+    )
+    zero_uniformity: float = _option(
+        0.0, "Weight of the unequal response to an input without content, added to every loss; 0: off."
+    )
+    probe: str = _option(
+        "zero",
+        "That input, in normalised pixels: zero, one, mean (of the batch) or random. Only --zero-uniformity uses it.",
+        metavar="{zero,one,mean,random}",
     )
     fairness: str = _option(
         "none",
@@ -162,8 +193,8 @@ class TrainConfig:
     loss_warmup: int = _option(0, "Epochs over which the loss turns from plain cross-entropy into itself.")
     effective_frequency: str = _option(
         "",
-        "Run folder of an earlier job. Its effective frequencies take the place of class counts (la) or multiply them "
-        "(cb): classes that are hard count as rare.",
+        "Run folder of an earlier job. Its effective frequencies (la), times its numbers of validation images (cb), "
+        "take the place of class counts: classes that are hard count as rare.",
         metavar="RUN",
     )
     sampler: str = _option("shuffle", "Order of training images.", metavar="{shuffle,class-balanced}")
@@ -277,7 +308,7 @@ class TrainConfig:
         object.__setattr__(self, "scale", tuple(self.scale))
         self._make_paths_absolute()  # so that a job can be resumed from elsewhere
         object.__setattr__(self, "omega", tuple(self.omega))
-        for name, (holds, expected) in {**self._choices(), **self._ranges(), **self._combinations()}.items():
+        for name, (holds, expected) in rules(self).items():
             if not holds:
                 value = getattr(self, name)
                 shown = " ".join(map(str, value)) or "none" if isinstance(value, tuple) else value
@@ -290,92 +321,6 @@ class TrainConfig:
             if value not in ("", "pretrained"):
                 object.__setattr__(self, name, os.path.abspath(value))
 
-    def _choices(self) -> dict[str, tuple[bool, str]]:
-        choices = {
-            "opt": OPTIMIZERS,
-            "lr_scheduler": LR_SCHEDULES,
-            "sampler": SAMPLERS,
-            "auto_augment": AUGMENTS,
-            "amp_dtype": AMP_DTYPES,
-            "bad_images": BAD_IMAGES,
-            "missing_groups": MISSING_GROUPS,
-            "fairness": FAIRNESS,
-        }
-        rules = {name: (getattr(self, name) in known, f"to be {either(known)}") for name, known in choices.items()}
-        losses = len(self.loss) > 0 and set(self.loss) <= set(LOSSES)
-        rules["loss"] = (losses, f"to be one or several of {', '.join(LOSSES)}")
-        rules["data"] = (self.kind != "", f"to be {either(FORMS)}")
-        return rules
-
-    def _ranges(self) -> dict[str, tuple[bool, str]]:
-        rules: dict[str, tuple[bool, str]] = {}
-        for name in (
-            "epochs",
-            "batch_size",
-            "grad_accum",
-            "val_batch_size",
-            "seeds",
-            "img_size",
-            "lr_step_size",
-            "save_every",
-        ):
-            rules[name] = (getattr(self, name) >= 1, "of at least 1")
-        head_count = HEAD_COUNTS.get(self.kind, HEAD_COUNTS["digits"])
-        at_least_0 = ("tau", "gamma", "weight_decay", "clip_grad", "mixup", "cutmix", "max_margin", "strength")
-        for name in (*at_least_0, "fairness_weight"):
-            rules[name] = (_within(getattr(self, name), 0), "of at least 0")
-        for name in ("drw_start", "loss_warmup", "lr_warmup_epochs", "workers"):
-            rules[name] = (getattr(self, name) >= 0, "of at least 0")
-        for name in ("lr", "cosine_scale", "lr_gamma"):
-            rules[name] = (_within(getattr(self, name), 0) and getattr(self, name) > 0, "greater than 0")
-        for name in ("label_smoothing", "hflip", "random_erase"):
-            rules[name] = (0 <= getattr(self, name) <= 1, "from 0 to 1")
-        for name in ("momentum", "beta", "split"):
-            rules[name] = (0 <= getattr(self, name) < 1, "from 0 up to but excluding 1")
-        return rules | {
-            "seed": (0 <= self.seed < 2**32 - max(self.seeds, 1), "from 0 up to 2**32 - seeds"),
-            "omega": (all(map(math.isfinite, self.omega)), "as three finite numbers"),
-            "scale": (0 < self.scale[0] <= self.scale[1] <= 1, "as two ascending shares of 1"),
-            "imbalance": (
-                1 <= self.imbalance <= head_count,
-                f"from 1 to {head_count} (above, the rarest class gets no image)",
-            ),
-            "few_shot": (0 <= self.few_shot <= self.many_shot, f"from 0 to many_shot ({self.many_shot})"),
-        }
-
-    def _combinations(self) -> dict[str, tuple[bool, str]]:
-        images = self.reads_images
-        rules = {"model": (images != (self.model == "mlp"), "to be mlp for digits, and another one for image folders")}
-        rules |= source_rules(self)
-        if not images:
-            for name in (
-                "val_dir",
-                "split",
-                "weights",
-                "mixup",
-                "cutmix",
-                "workers",
-                "random_erase",
-                "model_kwargs",
-            ):
-                rules[name] = (not getattr(self, name), f"to be left out with {self.kind or 'digits'}")
-            for name, value in {"auto_augment": "none", "bad_images": "error"}.items():
-                rules[name] = (getattr(self, name) == value, f"to be left out with {self.kind or 'digits'}")
-        rules |= group_rules(self)
-        if self.effective_frequency:
-            used = bool({"la", "cb"} & set(self.loss))
-            rules["effective_frequency"] = (used, "with a loss that uses it (la, cb)")
-        if self.loss_warmup:
-            ramped = set(self.loss) <= {"la", "ldam", "cb"}
-            rules["loss_warmup"] = (ramped, "with losses that have something to ramp (la, ldam, cb)")
-        if self.drw_start:
-            rules["drw_start"] = (self.drw_start < self.epochs, f"below epochs ({self.epochs})")
-            if "cb" in self.loss:
-                rules["drw_start"] = (False, "without cb, which has class weights of its own")
-        if self.lr_warmup_epochs:
-            rules["lr_warmup_epochs"] = (self.lr_warmup_epochs < self.epochs, f"below epochs ({self.epochs})")
-        return rules | method_rules(self)
-
     def as_dict(self) -> dict[str, Any]:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
@@ -386,7 +331,3 @@ def defaults(data: str) -> dict[str, Any]:
         f.name: next(f.metadata[kind] for kind in default_kinds(data) if kind in f.metadata)
         for f in fields(TrainConfig)
     }
-
-
-def _within(value: float, low: float) -> bool:
-    return math.isfinite(value) and value >= low

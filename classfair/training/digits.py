@@ -26,6 +26,8 @@ class Split:
     train_y: Tensor  # (N,) int64
     test_x: Tensor  # (M, 64) float32
     test_y: Tensor  # (M,) int64
+    meta_x: Tensor  # (K, 64) float32, what was held out of the training images
+    meta_y: Tensor  # (K,) int64
 
     def to(self, device: torch.device) -> Split:
         return replace(self, **{name: x.to(device) for name, x in vars(self).items()})
@@ -46,11 +48,14 @@ def long_tailed_counts(imbalance: float, head_count: int = HEAD_COUNT) -> NDArra
     return np.floor(head_count * imbalance**-rank + 1e-6).astype(np.int64)
 
 
-def digits_long_tailed(seed: int, imbalance: float) -> Split:
+def digits_long_tailed(seed: int, imbalance: float, held_out: int = 0) -> Split:
     """A stratified 50/50 split whose training half is thinned out to the long-tailed profile.
 
     Which digit is frequent and which is rare is drawn per seed, so that the mean over seeds does
     not mix up rarity with how hard a digit is. The test half stays balanced.
+
+    So many images of every class are held out of the training half before it is thinned out; a frequent class may have
+    a few images less for it, and others the same ones.
     """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -59,13 +64,16 @@ def digits_long_tailed(seed: int, imbalance: float) -> Split:
     train_x, test_x, train_y, test_y = train_test_split(x, y, test_size=0.5, stratify=y, random_state=seed)
     rng = np.random.default_rng(seed)
     classes = rng.permutation(NUM_CLASSES)
-    kept = np.concatenate(
-        [
-            rng.permutation(np.flatnonzero(train_y == label))[:count]
-            for label, count in zip(classes, long_tailed_counts(imbalance), strict=True)
-        ]
-    )
-    train_x, train_y = train_x[kept], train_y[kept]
+    kept, meta = [], []
+    for label, count in zip(classes, long_tailed_counts(imbalance), strict=True):
+        order = rng.permutation(np.flatnonzero(train_y == label))
+        rest = len(order) - held_out
+        if rest < 1:
+            raise ValueError(f"expected meta_per_class below {len(order)}, the images of {label}, got {held_out}")
+        kept.append(order[: min(count, rest)])
+        meta.append(order[rest:])
+    meta_x, meta_y = train_x[np.concatenate(meta)], train_y[np.concatenate(meta)]
+    train_x, train_y = train_x[np.concatenate(kept)], train_y[np.concatenate(kept)]
     mean, sd = train_x.mean(axis=0), train_x.std(axis=0)
     sd[sd == 0] = 1.0  # border pixels that are blank in every training image
 
@@ -75,7 +83,8 @@ def digits_long_tailed(seed: int, imbalance: float) -> Split:
     def labels(a: NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(a.astype(np.int64))
 
-    return Split(images(train_x), labels(train_y), images(test_x), labels(test_y))
+    pairs = [(images(x), labels(y)) for x, y in ((train_x, train_y), (test_x, test_y), (meta_x, meta_y))]
+    return Split(*(part for pair in pairs for part in pair))
 
 
 def in_groups(split: Split, rng: np.random.Generator) -> tuple[Split, Tensor, Tensor]:

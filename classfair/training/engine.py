@@ -11,19 +11,21 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 
 import classfair
 from classfair._names import say
-from classfair.losses import FeatureLoss
 from classfair.nn import WithFeatures, with_features
 from classfair.training import interruption
 from classfair.training.batches import (
     Data,
     Draw,
     EvaluationOrder,
+    Request,
     TrainingOrder,
+    counted,
     derived_seed,
+    ignored,
     loader,
 )
 from classfair.training.config import FEATURE_LOSSES, TrainConfig
@@ -31,19 +33,18 @@ from classfair.training.distributed import Processes, local_device, parallel
 from classfair.training.group_measures import NEED_JOINT, penalty
 from classfair.training.group_table import NO_GROUP, check_same_groups, group_state
 from classfair.training.image_folder import BadImageError
+from classfair.training.meta_learning import MetaLearning
 from classfair.training.models import build_model
 from classfair.training.objective import (
     build_criterion,
     build_lr_schedule,
     build_optimizer,
     build_schedules,
-    read_effective_frequency,
+    read_effective_counts,
 )
 from classfair.training.run_folder import CHECKPOINT_VERSION
 from classfair.training.saved import check_state
 from classfair.training.totals import Epoch, RunResult, Totals
-
-IGNORED = -100
 
 #: Images, their target and their groups if they have any.
 Batch = tuple[Tensor, Any, Tensor | None]
@@ -82,16 +83,16 @@ class Run:
         self.device, self.processes = device, processes
         num_classes = len(data.class_names)
         counts = classfair.class_counts(data.train_targets, num_classes)
-        frequency = None
+        effective = None
         if config.effective_frequency:
-            frequency = read_effective_frequency(Path(config.effective_frequency), seed, data.class_names)
-        self.model: nn.Module = build_model(config, num_classes, seed, cosine=loss == "ldam")
+            effective = read_effective_counts(Path(config.effective_frequency), loss, seed, data.class_names)
+        self.model: nn.Module = build_model(config, num_classes, seed, loss)
         feature_dim = 0
         if loss in FEATURE_LOSSES:
             self.model = with_features(self.model)
             feature_dim = cast(Tensor, self.model.head.weight).shape[1]
         self.model.to(device)
-        self.criterion = build_criterion(loss, config, counts, frequency, feature_dim).to(device)
+        self.criterion = build_criterion(loss, config, counts, effective, feature_dim).to(device)
         self.optimizer = build_optimizer(self.model, config)
         self.lr_schedule = build_lr_schedule(self.optimizer, config)
         self.schedules = build_schedules(self.criterion, config, counts)
@@ -107,6 +108,10 @@ class Run:
         self.train: Totals | None = None
         self.val: Totals | None = None
         self.net = parallel(self.model, config, device, processes)
+        self.meta: MetaLearning | None = None
+        if loss == "metalad" and data.meta is not None:
+            parts = (self.model, self.criterion, self.optimizer, self.scaler)
+            self.meta = MetaLearning(*parts, data, config, seed, processes)
 
     def _train_mode(self) -> None:
         self.model.train()
@@ -125,11 +130,15 @@ class Run:
         order = self._order()
         groups = None if self.data.groups is None else self.data.groups.train
         batches = self._batches(self.data.train, order, groups)
+        meta = None if self.meta is None else self._batches(*self.meta.begin(self.epoch, order.steps), None)
         for step in range(order.steps):
             window = []
             for part in range(self.config.grad_accum):
                 images, target, group = next(batches)
-                window.append((images, target if order.counts(step, part) else _ignored(target), group))
+                window.append((images, target if order.counts(step, part) else ignored(target), group))
+            if self.meta is not None and meta is not None:
+                with self._autocast():
+                    self.meta.update(window[0], next(meta))
             self._step(window, totals)
         return self._merged(totals, "training")
 
@@ -142,17 +151,23 @@ class Run:
 
         A penalty is of what all processes see in one forward pass, and its mean over the passes is added.
         """
-        fairness = self.config.fairness
+        fairness, alpha = self.config.fairness, self.config.zero_uniformity
         weights = [self.criterion.total_weight(target) for _, target, _ in window]
         total = self.processes.sum_(torch.stack(weights).sum())
         # DDP averages over processes: undo that. Nothing to learn from is a gradient of 0.
         share = torch.where(total > 0, self.processes.world / total, 0.0)
         self.optimizer.zero_grad()
-        for i, (batch, weight) in enumerate(zip(window, weights, strict=True)):
+        for i, ((images, target, group), weight) in enumerate(zip(window, weights, strict=True)):
             with self._no_sync(wait=i + 1 < len(window)):
                 options: dict[str, Any] = {"differentiable": fairness != "none", "joint": fairness in NEED_JOINT}
-                loss, stats = self._loss(self.net, *batch, **options)
+                output = self._output(self.net, images)
+                if alpha:
+                    output, response = output
+                loss, stats = self._loss(output, target, group, **options)
                 objective = loss * share
+                if alpha:  # DDP averages what the processes' own probes say
+                    logits = response[-1] if isinstance(response, tuple) else response
+                    objective = objective + alpha / len(window) * classfair.zero_uniformity_loss(logits)
                 if fairness != "none":  # every process has the penalty of all: DDP's average is that penalty once
                     unfairness = penalty(fairness, stats, len(self.group_names))
                     objective = objective + self.config.fairness_weight / len(window) * unfairness
@@ -164,20 +179,21 @@ class Run:
         self.scaler.step(self.optimizer)
         self.scaler.update()
 
+    def _output(self, net: nn.Module, images: Tensor) -> Any:
+        with self._autocast():
+            return net(images.to(self.device, non_blocking=True))
+
     def _loss(
-        self, net: nn.Module, images: Tensor, target: Any, group: Tensor | None, **options: Any
+        self, output: Any, target: Any, group: Tensor | None, **options: Any
     ) -> tuple[Tensor, classfair.BatchStats]:
         if group is not None:
             options |= {"group": group, "num_groups": self.num_groups}
-        with self._autocast():
-            output = net(images.to(self.device, non_blocking=True))
-        if not isinstance(self.criterion, FeatureLoss):
+        if not isinstance(self.model, WithFeatures):
             return self.criterion.with_stats(output, target, **options)
         features, logits = output  # (B, D), (B, C)
-        assert isinstance(self.model, WithFeatures)
-        head: Any = self.model.head
-        bias = getattr(head, "bias", None)
-        return self.criterion.with_stats(features, head.weight, target, logits=logits, linear_bias=bias, **options)
+        head, criterion = self.model.head, cast(Any, self.criterion)
+        given = head if isinstance(criterion, classfair.EstimatedOffsetLoss) else head.weight
+        return criterion.with_stats(features, given, target, logits=logits, **options)
 
     @torch.no_grad()
     def evaluate(self) -> Totals:
@@ -191,8 +207,9 @@ class Run:
         groups = None if self.data.groups is None else self.data.groups.val
         lost = torch.zeros((), dtype=torch.int64, device=self.device)
         for images, target, group in self._batches(self.data.val, order, groups):
-            loss, stats = self._loss(self.model, images, target, group, joint=totals.joint is not None)
-            every = _count(stats, target, group)
+            output = self._output(self.model, images)
+            loss, stats = self._loss(output, target, group, joint=totals.joint is not None)
+            every = counted(stats, target, group)
             lost += (every - stats.count).sum()
             totals.add(loss, every.sum(), replace(stats, count=every))  # without finite logits: a wrong prediction
         if (number := int(self.processes.sum_(lost))) and self.processes.is_main:
@@ -205,9 +222,7 @@ class Run:
             raise BadImageError(f"expected {part} images that can be read, got none")
         return totals
 
-    def _batches(
-        self, dataset: Dataset[Any], order: TrainingOrder | EvaluationOrder, groups: Tensor | None
-    ) -> Iterator[Batch]:
+    def _batches(self, dataset: Dataset[Any], order: Sampler[Request], groups: Tensor | None) -> Iterator[Batch]:
         """Images where they were loaded, the rest on the device: weights of targets come before the first forward pass.
 
         The loader, which iterates over the order too, keeps it: so groups need not pass through data sets.
@@ -275,6 +290,7 @@ class Run:
     def _parts(self) -> dict[str, Any]:
         parts = {"model": self.model, "criterion": self.criterion, "optimizer": self.optimizer}
         parts |= {"lr_schedule": self.lr_schedule, "scaler": self.scaler}
+        parts |= {} if self.meta is None else {"meta": self.meta}
         return parts | {f"schedule{i}": schedule for i, schedule in enumerate(self.schedules)}
 
     def state_dict(self) -> dict[str, Any]:
@@ -313,19 +329,3 @@ class Run:
             ) from None
         self.epoch, self.train_loss = state["epoch"], list(state["train_loss"])
         self.train, self.val = Totals.from_state(state["train"]), Totals.from_state(state["val"])
-
-
-def _count(stats: classfair.BatchStats, target: Tensor, group: Tensor | None) -> Tensor:
-    """(G, C) images of a batch that are not ignored, with those that statistics leave out."""
-    groups, classes = stats.count.shape
-    counted = target != IGNORED
-    cell = torch.where(counted, target if group is None else group * classes + target, 0)
-    count = torch.zeros(groups * classes, dtype=torch.int64, device=target.device)
-    return count.scatter_add_(0, cell, counted.long()).view(groups, classes)
-
-
-def _ignored(target: Any) -> Any:
-    """The same target, counting for nothing."""
-    if isinstance(target, Tensor):
-        return torch.full_like(target, IGNORED)
-    return target._replace(y_a=_ignored(target.y_a), y_b=_ignored(target.y_b))

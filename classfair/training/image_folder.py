@@ -12,16 +12,16 @@ from torch.utils.data import Dataset, default_collate
 
 from classfair._names import say
 from classfair.data import MixedTargetCollate
-from classfair.training.batches import Data, Draw, Request, derived_seed
+from classfair.training.batches import IGNORED, Data, Draw, Request, derived_seed
 from classfair.training.class_folders import folder_samples
 from classfair.training.config import TrainConfig
 from classfair.training.group_table import check_for_penalty, read_groups
 from classfair.training.image_list import ImageList
 from classfair.training.listed_images import listed_samples, table_samples
+from classfair.training.meta_learning import meta_indices
 from classfair.training.pixels import read_image
 from classfair.training.scan import Sample
 
-IGNORED = -100
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, which pretrained models expect
 RESIZE = 256 / 224  # shorter side of validation images before the centre crop, in crops
 _READERS = {"imagefolder": folder_samples, "list": listed_samples, "csv": table_samples}
@@ -86,6 +86,8 @@ def load_images(config: TrainConfig, seed: int) -> Data:
     """Training and validation images as configured; ValueError about what is missing."""
     samples = _READERS[config.kind](config, seed)
     train, val, groups = samples.train, samples.val, None
+    images = ImageList.of(train, val, samples.folders, samples.left_out)
+    meta, train = _meta_samples(config, train, samples.names, seed)
     if config.group_table:
         paths = [[path for path, _ in part] for part in (train, val)]
         root = Path(config.place if config.kind == "imagefolder" else config.image_root)
@@ -103,8 +105,22 @@ def load_images(config: TrainConfig, seed: int) -> Data:
         class_names=samples.names,
         groups=groups,
         train_plain=ImageBatches(train, _val_transform(config), default_collate, seed, skip_bad=skip),
-        images=ImageList.of(train, val, samples.folders, samples.left_out),
+        images=images,
+        meta=ImageBatches(meta, _train_transform(config), default_collate, seed, skip_bad=skip) if meta else None,
+        num_meta=len(meta),
     )
+
+
+def _meta_samples(
+    config: TrainConfig, train: list[Sample], names: list[str], seed: int
+) -> tuple[list[Sample], list[Sample]]:
+    """Images of the meta set, and those to train on."""
+    if not config.meta_per_class:
+        return [], train
+    chosen = set(meta_indices(config, torch.tensor([label for _, label in train]), seed, names).tolist())
+    meta = [sample for i, sample in enumerate(train) if i in chosen]
+    held_out = config.meta_from == "heldout"
+    return meta, [sample for i, sample in enumerate(train) if i not in chosen] if held_out else train
 
 
 def _train_transform(config: TrainConfig) -> Callable[[Any], Tensor]:

@@ -75,6 +75,8 @@ def fit(run: Run, folder: RunFolder | None, on_epoch: Callable[[Epoch], None]) -
         if folder is not None:
             folder.log(name, now)
             if last or run.epoch % run.config.save_every == 0:
+                if run.meta is not None:
+                    run.meta.write(folder, name, run.epoch)
                 folder.write_checkpoint(name, run.state_dict(), last=last)
         on_epoch(now)
     return run.result()

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 
 import classfair
 from classfair.difficulty import RelativeDifficulty
-from classfair.training.batches import Draw, EvaluationOrder, TrainingOrder, derived_seed
+from classfair.training.batches import Draw, Request, TrainingOrder, derived_seed
 from classfair.training.distributed import parallel
 from classfair.training.engine import Batch, Run
 from classfair.training.models import build_model
@@ -56,10 +56,8 @@ class TwoModelRun(Run):
         super()._train_mode()
         self.pair.train()
 
-    def _batches(
-        self, dataset: Dataset[Any], order: TrainingOrder | EvaluationOrder, groups: Tensor | None
-    ) -> Iterator[Batch]:
-        if isinstance(order, EvaluationOrder):
+    def _batches(self, dataset: Dataset[Any], order: Sampler[Request], groups: Tensor | None) -> Iterator[Batch]:
+        if not isinstance(order, TrainingOrder):
             yield from super()._batches(dataset, order, groups)
             return
         self._indices.clear()

@@ -26,14 +26,24 @@ def method_rules(config: Any) -> dict[str, tuple[bool, str]]:
     for name in ("jtt_epochs", "jtt_weight", "stage2_epochs"):
         rules[name] = (getattr(config, name) >= 1, "of at least 1")
     rules["stage2_tau"] = (0 <= config.stage2_tau <= 2, "from 0 to 2")
+    rules |= _stage_rules(config) if config.stage2 != "none" else {}
     rules |= _head_rules(config) if config.head == "etf" else {}
     rules |= _method_rules(config) if config.method in ("lff", "jtt") else {}
-    if config.stage2 == "tau-norm" and "ldam" in config.loss:
-        rules["stage2"] = (False, "other than tau-norm with ldam, whose rows have no norm")
     return {name: rule for name, rule in rules.items() if not rule[0]}
 
 
+def _stage_rules(config: Any) -> dict[str, tuple[bool, str]]:
+    if "estimated-offset" in config.loss:
+        return {"stage2": (False, "to be none with estimated-offset, whose head has an offset of its own")}
+    if config.stage2 == "tau-norm" and "ldam" in config.loss:
+        return {"stage2": (False, "other than tau-norm with ldam, whose rows have no norm")}
+    unused = ("meta_per_class", "zero_uniformity")
+    return {name: (not getattr(config, name), f"to be left out with stage2 {config.stage2}") for name in unused}
+
+
 def _head_rules(config: Any) -> dict[str, tuple[bool, str]]:
+    if "estimated-offset" in config.loss:
+        return {"head": (False, "to be plain with estimated-offset, which has a head of its own")}
     if "ldam" in config.loss:
         return {"head": (False, "to be plain with ldam, which has a cosine head")}
     if config.stage2 != "none":
@@ -51,6 +61,7 @@ def _method_rules(config: Any) -> dict[str, tuple[bool, str]]:
     }
     if method == "lff":
         rules["fairness"] = (config.fairness == "none", "to be none with method lff")
+        rules["zero_uniformity"] = (not config.zero_uniformity, "to be left out with method lff")
         for name in ("mixup", "cutmix"):
             rules[name] = (not getattr(config, name), "to be left out with method lff, which follows single images")
     return rules

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from classfair.nn import CosineLinear, ETFLinear, replace_head
+from classfair.nn import CosineLinear, EstimatedOffsetLinear, ETFLinear, replace_head
 from classfair.training.batches import Draw, derived_seed
 from classfair.training.config import TrainConfig
 from classfair.training.weights import fit_weights, load_weights
@@ -24,8 +24,8 @@ class MissingPackageError(RuntimeError):
     """A model's package is not installed, or weights or data cannot be had."""
 
 
-def build_model(config: TrainConfig, num_classes: int, seed: int, *, cosine: bool = False) -> nn.Module:
-    """The model with ``num_classes`` logits, initialised from the seed, with a cosine head if asked for."""
+def build_model(config: TrainConfig, num_classes: int, seed: int, loss: str = "ce") -> nn.Module:
+    """The model with ``num_classes`` logits, initialised from the seed, with the head that the loss is made for."""
     if config.model == "mlp":
         model: nn.Module = mlp(
             (*WIDTHS.get(config.kind, DIGITS_WIDTHS), num_classes), torch.Generator().manual_seed(seed)
@@ -41,9 +41,11 @@ def build_model(config: TrainConfig, num_classes: int, seed: int, *, cosine: boo
                 raise
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(f"expected a model for images of {config.img_size} pixels, got {reason}") from None
-    if cosine:
+    if loss == "ldam":
         torch.manual_seed(derived_seed(Draw.HEAD, seed))
         replace_head(model, lambda head: CosineLinear(head.in_features, num_classes, config.cosine_scale))
+    if loss == "estimated-offset":
+        replace_head(model, lambda head: _estimated_offset(head, config))
     if config.head == "etf":
         replace_head(model, lambda head: _etf(head.in_features, num_classes, derived_seed(Draw.HEAD, seed)))
     if config.weights and config.weights != "pretrained":
@@ -53,6 +55,14 @@ def build_model(config: TrainConfig, num_classes: int, seed: int, *, cosine: boo
 
 def _etf(features: int, num_classes: int, seed: int) -> nn.Module:
     return nn.Sequential(nn.BatchNorm1d(features), ETFLinear(features, num_classes, seed % 2**63))
+
+
+@torch.no_grad()
+def _estimated_offset(head: nn.Linear, config: TrainConfig) -> EstimatedOffsetLinear:
+    """With the weights of the head in whose place it comes: runs of all losses begin with the same."""
+    new = EstimatedOffsetLinear(head.in_features, head.out_features, config.offset == "estimated")
+    new.weight.copy_(head.weight)
+    return new
 
 
 @torch.no_grad()

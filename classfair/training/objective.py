@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 import classfair
-from classfair.priors import MIN_FREQUENCY
+from classfair.priors import counts_of_frequency
 from classfair.training.config import TrainConfig
 from classfair.training.report import METRICS_VERSION
 from classfair.training.schema import CheckpointError, Number, read_json
@@ -20,21 +21,22 @@ WARMUP_START = 0.01  # of the learning rate, in the first epoch of its warm-up
 
 
 def build_criterion(
-    loss: str, config: TrainConfig, counts: Tensor, frequency: Tensor | None, feature_dim: int
+    loss: str, config: TrainConfig, counts: Tensor, effective: Tensor | None, feature_dim: int
 ) -> classfair.CrossEntropyLoss:
     """The loss as a sum over images: the step divides by the weights of all processes and forward passes."""
     common: dict[str, Any] = {"reduction": "sum", "label_smoothing": config.label_smoothing}
     if loss == "la":
-        return classfair.LogitAdjustedLoss(counts if frequency is None else frequency, config.tau, **common)
+        return classfair.LogitAdjustedLoss(counts if effective is None else effective, config.tau, **common)
     if loss == "ldam":
         return classfair.LDAMLoss(counts, config.max_margin, scale=config.cosine_scale, **common)
     if loss == "cb":
-        weighted = counts if frequency is None else frequency * counts
-        return classfair.ClassBalancedLoss(weighted, config.beta, **common)
+        return classfair.ClassBalancedLoss(counts if effective is None else effective, config.beta, **common)
     if loss == "isda":
         return classfair.ISDALoss(counts.numel(), feature_dim, strength=config.strength, **common)
     if loss in TERMS:
         return classfair.MetaLADLoss(counts, feature_dim, omega=config.omega, terms=TERMS[loss], **common)
+    if loss == "estimated-offset":
+        return classfair.EstimatedOffsetLoss(config.center_weight, config.uniform_weight, **common)
     if loss == "focal":
         return classfair.FocalLoss(config.gamma, **common)
     return classfair.CrossEntropyLoss(**common)
@@ -75,12 +77,12 @@ def build_lr_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig) -> 
     return lr_scheduler.SequentialLR(optimizer, [rising, main], [warmup])
 
 
-def read_effective_frequency(run: Path, seed: int, class_names: list[str]) -> Tensor:
-    """(C,) effective frequency that the plain cross-entropy run of that seed measured on its validation images.
+def read_effective_counts(run: Path, loss: str, seed: int, class_names: list[str]) -> Tensor:
+    """(C,) class counts for la or cb from what the plain cross-entropy run of that seed measured on validation images.
 
-    Clamped, because a class of which nothing was recognised still needs a finite weight.
+    As :func:`classfair.effective_counts`: effective frequencies alone for la, times the numbers of images for cb.
     """
-    run_schema = {"loss": str, "seed": int, "effective_frequency": [Number | None]}
+    run_schema = {"loss": str, "seed": int, "effective_frequency": [Number | None], "val_count": [int]}
     try:
         report = read_json(run / "metrics.json", {"class_names": [str], "runs": [run_schema]}, METRICS_VERSION)
     except CheckpointError as error:
@@ -94,5 +96,9 @@ def read_effective_frequency(run: Path, seed: int, class_names: list[str]) -> Te
         raise ValueError(f"expected a run with the same classes in {run}, got others")
     if len(values) != len(names) or not all(value is None or 0 <= value <= 1 for value in values):
         raise ValueError(f"expected {len(names)} effective frequencies from 0 to 1 in {run}, got others")
-    frequency = torch.tensor([1.0 if value is None else value for value in values], dtype=torch.float64)
-    return frequency.clamp_min(MIN_FREQUENCY)
+    number = runs[0]["val_count"]
+    if [n > 0 for n in number] != [value is not None for value in values] or not any(number):
+        raise ValueError(f"expected images where there are effective frequencies in {run}, got others")
+    frequency = torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float64)
+    counts = torch.tensor(number, dtype=torch.float64) if loss == "cb" else torch.ones_like(frequency)
+    return counts_of_frequency(frequency, counts, measured=loss == "cb")

@@ -31,6 +31,7 @@ STYLE = {  # label, colour (told apart by colour-blind readers too), marker, shi
     "nisda": ("NISDA", "#F0E442", "X", 0.18),
     "distance": ("class distance", "#000000", "<", -0.06),
     "metalad": ("MetaLAD", "#999999", ">", 0.06),
+    "estimated-offset": ("estimated offset", "#7F3C8D", "d", -0.3),
 }
 MANY_CLASSES = 40  # above, ranks instead of counts on the axis, a dot per class and a line through their running mean
 
@@ -73,6 +74,7 @@ def report(results: list[RunResult], config: TrainConfig) -> dict[str, Any]:
             "effective_frequency": result.val.effective_frequency.tolist(),
             "train_accuracy": result.train.accuracy.tolist(),
             "train_count": result.train_count.tolist(),
+            "val_count": result.val.count.tolist(),
             "train_loss": result.train_loss,
         }
         for result in results

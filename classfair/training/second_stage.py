@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import classfair
-from classfair.nn import ScaledLinear, WithFeatures, _find_head, replace_head
+from classfair.nn import ScaledLinear, WithFeatures, replace_head
+from classfair.nn.features import _find_head
 from classfair.priors import tau_normalize
 from classfair.training.batches import Draw, TrainingOrder, derived_seed
 from classfair.training.config import TrainConfig
@@ -80,6 +81,6 @@ class SecondStageRun(StagedRun):
             return super()._step(window, totals)
         with torch.no_grad():
             for images, target, group in window:
-                loss, stats = self._loss(self.model, images, target, group, differentiable=False)
+                loss, stats = self._loss(self._output(self.model, images), target, group, differentiable=False)
                 totals.add(loss, self.criterion.total_weight(target), stats)
         return self.optimizer.step()  # of nothing: the learning rate's schedule warns of an optimizer that stands still

@@ -28,6 +28,7 @@ NAMES = {
     "nisda": "normalised ISDA",
     "distance": "class distance",
     "metalad": "proportion, variance and distance",
+    "estimated-offset": "estimated offset",
 }
 
 HEADINGS = {

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from classfair._names import say_once
-from classfair.nn import _find_head
+from classfair.nn.features import _find_head
 from classfair.training.schema import CheckpointError, check_regular
 
 State = dict[str, Tensor]

@@ -67,8 +67,8 @@ A* written(const OptionalTensor& state) {
 }
 
 void class_moments_merge_cuda(Tensor count, Tensor mean, OptionalTensor variance, Tensor key, Tensor state_count,
-                              Tensor state_mean, OptionalTensor state_variance, OptionalTensor state_error,
-                              std::optional<double> momentum) {
+                              Tensor state_mean, OptionalTensor state_variance, OptionalTensor state_mean_error,
+                              OptionalTensor state_variance_error, std::optional<double> momentum) {
   STD_TORCH_CHECK(
       state_mean.is_contiguous() && mean.is_contiguous() && variance.has_value() == state_variance.has_value(),
       "class_moments_merge: expected contiguous rows and state, both with a variance or neither");
@@ -84,7 +84,8 @@ void class_moments_merge_cuda(Tensor count, Tensor mean, OptionalTensor variance
                       data<int64_t>(state_count),
                       data<A>(state_mean),
                       written<A>(state_variance),
-                      written<A>(state_error),
+                      written<A>(state_mean_error),
+                      written<A>(state_variance_error),
                       mean.size(0),
                       mean.size(1),
                       momentum.has_value(),

@@ -5,6 +5,11 @@
 
 namespace classfair {
 
+// Features of larger size make their row one that is not finite: squares of up to 10^7 such rows add up without an
+// overflow, and leave room for what is multiplied with a variance.
+template <class A>
+constexpr A kLargestFeature = sizeof(A) == 4 ? A(1e15) : A(1e150);
+
 // Features sorted by slot; 2^chunk_shift sorted positions are one thread's per column.
 template <class T>
 struct MomentsInput {
@@ -45,15 +50,16 @@ struct Moment {
   }
 };
 
-// A warp owns a row: writes whether all of its features are finite. An integer atomic counts the rows that have a slot
-// and are not.
-template <class T>
+// A warp owns a row: writes whether all of its features are finite and not too large. An integer atomic counts the rows
+// that have a slot and are not.
+template <class T, class A = acc_t<T>>
 __global__ void __launch_bounds__(kThreads) finite_kernel(MomentsInput<T> in, uint8_t* finite, int64_t* nonfinite) {
   const int lane = threadIdx.x % kWarp;
   for (int64_t row = global_thread() / kWarp; row < in.rows; row += grid_threads() / kWarp) {
     const T* x = in.features + row * in.stride;
     int odd = 0;
-    for (int64_t c = lane; c < in.D; c += kWarp) odd += !is_finite(static_cast<double>(static_cast<acc_t<T>>(x[c])));
+    for (int64_t c = lane; c < in.D; c += kWarp)
+      odd += !(std::abs(static_cast<A>(x[c])) <= kLargestFeature<A>);  // a NaN is not below anything
     odd = warp_reduce(odd, Sum{});
     if (lane != 0) continue;
     finite[row] = odd == 0;
@@ -146,10 +152,11 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class A>
 struct Merge {
-  const int64_t *count, *key;                    // (M,) of a batch
-  const A *mean, *variance;                      // (M, D); variance null where absent
-  int64_t* state_count;                          // (C,)
-  A *state_mean, *state_variance, *state_error;  // (C, D); the last null where rounding errors are not kept
+  const int64_t *count, *key;                  // (M,) of a batch
+  const A *mean, *variance;                    // (M, D); variance null where absent
+  int64_t* state_count;                        // (C,)
+  A *state_mean, *state_variance;              // (C, D)
+  A *state_mean_error, *state_variance_error;  // (C, D), what rounding has left out of them, or null
   int64_t slots, D;
   bool exponential;
   double momentum;
@@ -161,19 +168,34 @@ struct Merge {
   }
 };
 
-// m <- m + w (m_b - m);  v <- v + w (v_b - v + (1 - w) (m_b - m)^2), what rounding leaves out going to the error
-// (Knuth's TwoSum). A first batch is taken exactly, without 0 * inf where a square overflows.
+// *value + change + *error; what rounding leaves out of it goes to *error, which may be null (Knuth's TwoSum).
+template <class A>
+__device__ void add_exactly(A* value, A change, A* error) {
+  const A old = *value;
+  if (error) change += *error;
+  const A sum = old + change, added = sum - old;
+  *value = sum;
+  if (error) *error = (old - (sum - added)) + (change - added);
+}
+
+// m <- m + w (m_b - m);  v <- v + w (v_b - v + (1 - w) (m_b - m)^2). A first batch is taken exactly.
 template <class A>
 __device__ void merge_value(const Merge<A>& in, A w, int64_t from, int64_t to) {
-  const bool first = w == A(1);
-  const A mean = in.state_mean[to], batch = in.mean[from], delta = batch - mean;
-  in.state_mean[to] = first ? batch : mean + delta * w;
+  A* const mean_error = in.state_mean_error ? in.state_mean_error + to : nullptr;
+  A* const variance_error = in.state_variance_error ? in.state_variance_error + to : nullptr;
+  const A batch = in.mean[from];
+  if (w == A(1)) {
+    in.state_mean[to] = batch;
+    if (in.variance) in.state_variance[to] = in.variance[from];
+    if (mean_error) *mean_error = A(0);
+    if (variance_error) *variance_error = A(0);
+    return;
+  }
+  const A delta = (batch - in.state_mean[to]) - (mean_error ? *mean_error : A(0));
+  add_exactly(in.state_mean + to, delta * w, mean_error);
   if (!in.variance) return;
-  const A variance = in.state_variance[to], own = in.variance[from];
-  const A change = (in.state_error ? in.state_error[to] : A(0)) + (own - variance + delta * delta * (A(1) - w)) * w;
-  const A sum = variance + change, added = sum - variance;
-  in.state_variance[to] = first ? own : sum;
-  if (in.state_error) in.state_error[to] = first ? A(0) : (variance - (sum - added)) + (change - added);
+  const A between = delta * delta * (A(1) - w);
+  add_exactly(in.state_variance + to, (in.variance[from] - in.state_variance[to] + between) * w, variance_error);
 }
 
 // A block owns a row of the batch and the state of its class.

@@ -67,8 +67,8 @@ void forward(const SoftmaxLossArguments& a, const SoftmaxLossOutputs& out) {
   device.zero(out.counts);
   device.launch(a.stats ? softmax_loss_fwd_kernel<T, true> : softmax_loss_fwd_kernel<T, false>, f.units,
                 row_threads(f.width), f);
-  device.launch(totals_kernel<A>, 1, kThreads, static_cast<const Totals*>(f.unit_totals), f.units,
-                data<A>(out.total_weight), data<A>(out.loss_sum));
+  device.launch(totals_kernel<A>, 1, kThreads, static_cast<const Totals*>(f.unit_totals), f.units, a.mean,
+                a.label_smoothing != 0, data<A>(out.total_weight), data<A>(out.reduced));
   if (a.stats) sum_statistics(device, f, *scratch, data<A>(out.mass), data<A>(out.hit), data<A>(out.joint));
 }
 

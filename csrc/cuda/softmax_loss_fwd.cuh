@@ -12,7 +12,7 @@ struct alignas(sizeof(A) == 4 ? 16 : 8) RowSoftmax {
   int64_t counted;  // 0 or 1; no padding that a wide load would read unwritten
 };
 
-// What rows add to total_weight and loss_sum.
+// What rows add to the total weight and to the sum of the losses.
 struct Totals {
   double weight, loss;
 };
@@ -278,12 +278,15 @@ __global__ void __launch_bounds__(kMaxWidth, kMinBlocks) softmax_loss_fwd_kernel
 // One block adds up the totals of all units.
 template <class A>
 __global__ void __launch_bounds__(kThreads)
-    totals_kernel(const Totals* unit, int64_t units, A* total_weight, A* loss_sum) {
+    totals_kernel(const Totals* unit, int64_t units, bool divided, bool smoothed, A* total_weight, A* reduced) {
   Totals sum{};
   for (int64_t k = threadIdx.x; k < units; k += kThreads) sum.weight += unit[k].weight, sum.loss += unit[k].loss;
   sum.weight = block_reduce(sum.weight, Sum{});
   sum.loss = block_reduce(sum.loss, Sum{});
-  if (threadIdx.x == 0) *total_weight = static_cast<A>(sum.weight), *loss_sum = static_cast<A>(sum.loss);
+  if (threadIdx.x != 0) return;
+  const A weight = static_cast<A>(sum.weight), loss = static_cast<A>(sum.loss);
+  *total_weight = weight;
+  *reduced = divided ? mean(loss, weight, smoothed) : loss;
 }
 
 // p of one row (or of an item of its second label: 0) at one column.

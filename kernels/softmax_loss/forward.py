@@ -33,7 +33,7 @@ class Outputs(NamedTuple):
     loss: Tensor  # (R,)
     lse: Tensor  # (R,) float64
     weight_parts: Tensor  # (programs, 1) each program's part of total_weight
-    loss_parts: Tensor  # (programs, 1) and of loss_sum
+    loss_parts: Tensor  # (programs, 1) and of the sum of the losses
     lse_raw: Tensor | None  # (R,) float64
     prediction: Tensor | None  # (R,)
     counts: Tensor | None  # (replicas, 3 * G * C + 2)

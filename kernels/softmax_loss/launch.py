@@ -7,7 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
-from classfair._schema import Scalars, Tensors
+from classfair._schema import Scalars, Tensors, mean_denominator
 
 from ..common import acc_dtype, acc_type, check_labels, unit
 from .backward import (
@@ -29,7 +29,7 @@ _Backward = namedtuple(
     "_Backward",
     (
         *("grad_loss", "grad_lse", "grad_mass", "grad_hit", "grad_joint", "stats_scale"),
-        *(*Tensors._fields, "lse", "lse_raw", *Scalars._fields),
+        *(*Tensors._fields, "lse", "lse_raw", "total_weight", *Scalars._fields),
         *("want_offset", "want_margin", "want_pair"),
     ),
 )
@@ -131,19 +131,21 @@ def _forward(x: Inputs, a: _Arguments) -> tuple[Tensor, ...]:
         FOCAL=a.gamma != 0,
         **tile,
     )
-    total_weight, loss_sum = sum_splits(out.weight_parts).view(()), sum_splits(out.loss_parts).view(())
+    total_weight, reduced = sum_splits(out.weight_parts).view(()), sum_splits(out.loss_parts).view(())
+    if a.mean:
+        reduced = reduced / mean_denominator(total_weight, a.label_smoothing)
     new = out.loss.new_empty
     lse_raw = new(0, dtype=torch.float64) if out.lse_raw is None else out.lse_raw
     mass, hit, joint = new(0, 0), new(0, 0), new(0, 0)
     if not a.stats:
         none, nothing = new(0, dtype=torch.int64), new(0, dtype=torch.int64)
-        return out.loss, out.lse, lse_raw, none, mass, hit, joint, nothing, total_weight, loss_sum
+        return out.loss, out.lse, lse_raw, none, mass, hit, joint, nothing, total_weight, reduced
     lse = out.lse if out.lse_raw is None else out.lse_raw
     mass, hit = _probability_sums(x, a, lse, cut_rows(out.group, a.num_groups), with_hit=True)
     if out.cell is not None:
         joint, _ = _probability_sums(x, a, lse, cut_keys(out.cell, a.num_cells), with_hit=False)
     counts = sum_splits(out.counts)
-    return out.loss, out.lse, lse_raw, out.prediction, mass, hit, joint, counts, total_weight, loss_sum
+    return out.loss, out.lse, lse_raw, out.prediction, mass, hit, joint, counts, total_weight, reduced
 
 
 def _probability_sums(
@@ -181,6 +183,8 @@ def softmax_loss_bwd(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _upstream(a: _Arguments) -> Upstream:
     loss = a.grad_loss
+    if loss is not None and a.mean:
+        loss = loss / mean_denominator(a.total_weight, a.label_smoothing)
     stride = 0 if loss is None or loss.dim() == 0 else loss.stride(0)
     joint = None if a.cell is None else a.grad_joint  # size 0 without cells
     return Upstream(loss, a.grad_lse, a.grad_mass, a.grad_hit, joint, a.stats_scale, stride)

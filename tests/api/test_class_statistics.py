@@ -115,6 +115,47 @@ def test_exponential_moments_are_those_of_the_mixture(covariance, backend):
     assert statistics.count.tolist() == [int((target == c).sum()) for c in range(CLASSES)]
 
 
+@pytest.mark.parametrize("momentum", [None, 0.05])
+@pytest.mark.parametrize("covariance", ["diag", "full"])
+def test_covariances_where_means_are_a_million_deviations(covariance, momentum):
+    """Float32 state and batches of one; the last state is loaded half-way, as by a resumed run."""
+    g = torch.Generator().manual_seed(0)
+    samples = (1e6 + torch.randn(500, DIM, generator=g, dtype=torch.float64)).float()
+    whole, exact, resumed = (ClassStatistics(1, DIM, covariance, momentum) for _ in range(3))
+    exact.double()
+    for i, row in enumerate(samples.split(1)):
+        if i == 250:
+            resumed.load_state_dict(whole.state_dict())
+        for statistics in (whole, exact, resumed):
+            statistics.update(row.to(statistics.mean.dtype), torch.zeros(1, dtype=torch.int64))
+    # Products of different features are not compensated: each of their sums is off by its own rounding.
+    torch.testing.assert_close(whole.cov.double(), exact.cov, rtol=1e-6, atol=0 if covariance == "diag" else 1e-5)
+    diagonals = (c.cov[0] if covariance == "diag" else c.cov[0].diagonal() for c in (whole, exact))
+    torch.testing.assert_close(*(d.double() for d in diagonals), rtol=1e-6, atol=0)
+    assert torch.equal(resumed.mean, whole.mean)
+    if momentum is None:
+        assert_moments(exact, _by_numpy(samples, covariance), 1e-7)
+
+
+def _by_numpy(samples, covariance):
+    x = samples.double().numpy()
+    cov = np.cov(x.T, bias=True)[None]
+    return np.array([len(x)]), x.mean(0)[None], cov if covariance == "full" else cov.diagonal(axis1=1, axis2=2)
+
+
+def test_a_state_without_rounding_errors_loads():
+    """As older versions saved it."""
+    features, target = data()
+    first, second = ClassStatistics(CLASSES, DIM), ClassStatistics(CLASSES, DIM)
+    for statistics in (first, second):
+        statistics.update(features + 1e5, target)
+    state = {name: value for name, value in first.state_dict().items() if not name.endswith("_error")}
+    second.load_state_dict(state)
+    assert torch.equal(second.mean, first.mean)
+    assert not second.mean_error.any()
+    assert not second.cov_error.any()
+
+
 def _equal(a, b):
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
@@ -168,6 +209,27 @@ def test_absent_classes_and_useless_batches_leave_the_state_alone():
     assert torch.equal(statistics.mean, before["mean"])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("covariance", COVARIANCES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_huge_feature_leaves_its_row_out(dtype, covariance, backend):
+    """Finite, but its square is not; nor may a float64 feature be too large for a float32 state."""
+    features, target = data(dtype=dtype)
+    clean, given = (ClassStatistics(CLASSES, DIM, covariance, backend=backend) for _ in range(2))
+    rows = (torch.arange(120) != 8) & (target >= 0)
+    features[8, 4], target[8] = 3e19, 1
+    for begin, end in SPLITS:
+        given.update(features[begin:end], target[begin:end])
+        clean.update(features[begin:end][rows[begin:end]], target[begin:end][rows[begin:end]])
+    assert given.nonfinite.item() == clean.nonfinite.item() + 1 == 2
+    for name in ("count", "mean", "cov"):
+        if (value := getattr(given, name)) is not None:
+            assert bool(value.isfinite().all())
+            torch.testing.assert_close(value, getattr(clean, name))
+    got = class_moments(features, target, CLASSES, covariance=covariance, backend=backend)
+    assert got.nonfinite.item() == (2 if dtype == torch.float32 else 1)
+
+
 @pytest.mark.parametrize(
     ("covariance", "dynamic"),
     [("diag", True), *(pytest.param(c, False, marks=pytest.mark.slow) for c in ("diag", "full"))],
@@ -196,6 +258,7 @@ STEPS = {
 }
 # covariance, momentum, max_batch
 OPTIONS = [("diag", None, None), ("diag", 0.2, 90), ("full", 0.2, None), ("none", None, 120)]
+FAR = 1e6  # a mean of so many deviations
 
 
 def _rank(rank, world):
@@ -208,6 +271,10 @@ def _rank(rank, world):
             together.update(features[part], target[part], max_batch=max_batch)
             alone.update(features[part], target[part], sync=False)
         results[covariance, momentum] = (together.state_dict(), alone.count)
+    far = ClassStatistics(CLASSES, DIM)
+    for i in range(rank, 120, world):  # one sample of each process at a time
+        far.update((FAR + features[i : i + 1].double()).float(), target[i : i + 1], max_batch=1)
+    results["far"] = far.cov
     return results
 
 
@@ -226,6 +293,10 @@ def test_processes_equal_one(world, tmp_path):
                 assert torch.equal(state[name], ranks[0][0][name]), f"{name} differs between processes"
                 torch.testing.assert_close(state[name], value, rtol=1e-5, atol=1e-5, msg=f"{covariance}: {name}")
         assert torch.equal(sum(count for _, count in ranks), expected.count)
+    _, _, cov = by_definition((FAR + features.double()).float(), target, "diag")
+    for result in results:
+        assert torch.equal(result["far"], results[0]["far"])
+        np.testing.assert_allclose(result["far"], cov, rtol=1e-6)
 
 
 def test_full_covariance_of_many_features_is_refused_with_its_memory():
@@ -258,7 +329,9 @@ def test_full_covariance_of_many_features_is_refused_with_its_memory():
         (ValueError, "expected backend 'native'", lambda f, t: class_moments(f, t, 6, backend="x")),
         (IndexError, r"expected label in \[0, 2\)", lambda f, t: class_moments(f, t, 2)),
         (ValueError, r"momentum None or in \(0, 1\], got 0", lambda f, t: ClassStatistics(6, 7, momentum=0)),
+        (TypeError, "momentum as a number, got str", lambda f, t: ClassStatistics(6, 7, momentum="0.1")),
         (ValueError, "feature_dim >= 1, got 0", lambda f, t: ClassStatistics(6, 0)),
+        (TypeError, "feature_dim as an int, got float", lambda f, t: ClassStatistics(6, 7.0)),
         (ValueError, r"of shape \(N, 8\), got \(120, 7\)", lambda f, t: ClassStatistics(6, 8).update(f, t)),
         (ValueError, "the statistics, meta, got cpu", lambda f, t: ClassStatistics(6, 7).to("meta").update(f, t)),
     ],

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Subset, TensorDataset, default_collate
 
 from classfair import MixedTarget, cross_entropy
-from classfair.data import ClassBalancedSampler, MixedTargetCollate, UnpaddedDistributedSampler
+from classfair.data import ClassBalancedSampler, MixedTargetCollate, UnpaddedDistributedSampler, balanced_subset
 
 CLASSES = 12
 
@@ -310,3 +310,45 @@ def test_wrong_arguments_of_the_unpadded_sampler():
         UnpaddedDistributedSampler(3)
     with pytest.raises(ValueError, match=r"^UnpaddedDistributedSampler: expected rank in \[0, 3\], got -1"):
         UnpaddedDistributedSampler(range(3), num_replicas=4, rank=-1)
+
+
+# balanced_subset
+
+
+def test_subset_has_as_many_of_every_class():
+    labels = torch.arange(60).sqrt().long()  # 1, 3, 5, ... samples of classes 0 to 6, and 11 of class 7
+    labels = labels[torch.randperm(60, generator=torch.Generator().manual_seed(0))]
+    several = labels[labels > 1] - 2  # of class c at least 5 + 2c
+    chosen = balanced_subset(several, 5, seed=1)
+    assert several[chosen].bincount().tolist() == [5] * 6
+    assert torch.equal(chosen, chosen.unique())  # ascending, none twice
+    assert torch.equal(chosen, balanced_subset(several.tolist(), 5, seed=1))
+    assert not torch.equal(chosen, balanced_subset(several, 5, seed=2))
+    assert set(balanced_subset(several, 3, seed=1).tolist()) < set(chosen.tolist())
+
+
+def test_every_sample_is_drawn_equally_often():
+    labels = torch.tensor([0] * 5 + [1] * 3)
+    drawn = torch.zeros(8)
+    for seed in range(2000):
+        drawn[balanced_subset(labels, 2, seed=seed)] += 1
+    expected = torch.tensor([2 / 5] * 5 + [2 / 3] * 3)
+    assert float((drawn / 2000 - expected).abs().max()) < 0.05  # four standard deviations
+
+
+def test_a_class_with_too_few_samples():
+    labels = TensorDataset(torch.zeros(6), torch.tensor([0, 0, 0, 1, 3, 3]))
+    for per_class, got in ((2, "got 1 of class 1"), (1, "got 0 of class 2")):
+        with pytest.raises(ValueError, match=f"^balanced_subset: expected {per_class} or more .*, {got}$"):
+            balanced_subset(labels, per_class, seed=0)
+    with pytest.raises(ValueError, match="expected 1 or more samples of every class, got 0 of class 2"):
+        balanced_subset(labels, 2, seed=0, allow_fewer=True)
+    with pytest.raises(ValueError, match="got 0 of class 2"):
+        balanced_subset([0, 1], 1, seed=0, num_classes=3)
+    assert balanced_subset([0, 0, 0, 1, 2, 2], 2, seed=0, allow_fewer=True)[2:].tolist() == [3, 4, 5]
+
+
+@pytest.mark.parametrize("arguments", [{"per_class": 0}, {"per_class": 1.5}, {"seed": -1}, {"seed": None}])
+def test_wrong_arguments_of_a_subset(arguments):
+    with pytest.raises((TypeError, ValueError), match=r"^balanced_subset: expected"):
+        balanced_subset([0, 1], **{"per_class": 1, "seed": 0, **arguments})

@@ -344,6 +344,11 @@ def test_a_large_perturbation_is_reported_where_state_is_read():
         ),
         (lambda *_: MetaLADLoss([1] * 2001, D, per="pair"), ValueError, "whose weights would take 48 MB"),
         (lambda *_: MetaLADLoss(COUNTS, D, omega=(1, 2)), ValueError, "expected omega as three numbers, got 2"),
+        (lambda *_: MetaLADLoss(COUNTS, D, omega="123"), TypeError, "expected omega as a number, got str"),
+        (lambda *_: MetaLADLoss(COUNTS, D, omega=(1, 1, float("inf"))), ValueError, "expected finite omega, got inf"),
+        (lambda *_: MetaLADLoss(COUNTS, D, distance_every=2.5), TypeError, "distance_every as an int, got float"),
+        (lambda *_: ISDALoss(C, D, strength=float("inf")), ValueError, "ISDALoss: expected finite strength, got inf"),
+        (lambda *_: ISDALoss("5", D), TypeError, "expected num_classes as an int, got str"),
         (lambda *_: MetaLADLoss(COUNTS, D, terms=("shape",)), ValueError, "expected terms among proportion, variance"),
         (lambda *_: MetaLADLoss(COUNTS, D, per="class_"), ValueError, "expected per 'scalar', 'class' or 'pair'"),
     ],
@@ -439,3 +444,22 @@ def test_autocast_does_not_round_the_perturbation(name, covariance):
     with torch.autocast("cpu", torch.bfloat16):
         rows = criterion.pair(weight, index).rows
     assert torch.equal(rows, criterion.pair(weight, index).rows)
+
+
+@pytest.mark.parametrize("covariance", ["diag", "full"])
+@pytest.mark.parametrize("make", [ISDALoss, lambda c, d, **options: MetaLADLoss(COUNTS, d, **options)])
+def test_one_huge_feature_does_not_spoil_later_losses(make, covariance):
+    """Finite, but its square is not: the sample stays out of the statistics, and every later loss is as without it."""
+    features, weight, bias, target = problem(torch.float32)
+    given, clean = (make(C, D, statistics=ClassStatistics(C, D, covariance)) for _ in range(2))
+    with torch.no_grad():
+        spoiled, ignored = features.clone(), target.clone()
+        spoiled[7, 2], ignored[7] = 3e19, -100
+    given(spoiled.requires_grad_(), weight, target, linear_bias=bias)
+    clean(features, weight, ignored, linear_bias=bias)
+    assert int(given.statistics.nonfinite) == 1
+    for seed in (1, 2):
+        features, weight, bias, target = problem(torch.float32, seed)
+        losses = [criterion(features, weight, target, linear_bias=bias) for criterion in (given, clean)]
+        torch.testing.assert_close(*losses)
+        assert all(bool(g.isfinite().all()) for g in torch.autograd.grad(losses[0], (features, weight, bias)))

@@ -127,7 +127,7 @@ def test_a_warmup_loads_the_state_of_older_versions():
 def as_once(state):
     """A state as the first version had it: a dictionary among the tensors, and what came later missing."""
     updates = int(state.pop("updates"))
-    for key in ("largest", "distances", "statistics.cov_error"):
+    for key in ("largest", "distances", "statistics.mean_error", "statistics.cov_error"):
         state.pop(key, None)
     state["_extra_state"] = {"updates": updates}
     return state

@@ -105,7 +105,7 @@ for dtype in (torch.float32, torch.bfloat16):
         t, s = Tensors(torch.zeros(N, C, dtype=dtype), target=target), Scalars(stats=stats)
         out, forward = cuda_emulator.count(lambda: torch.ops.classfair_native.softmax_loss_fwd(*t, *s))
         upstream = (out[0], None, out[4] if stats else None, None, None, None)
-        arguments = (*upstream, *t, out[1], out[2], *s, False, False, False)
+        arguments = (*upstream, *t, out[1], out[2], out[8], *s, False, False, False)
         gradients, backward = cuda_emulator.count(lambda: torch.ops.classfair_native.softmax_loss_bwd(*arguments))
         bytes = t.logits.nbytes
         said[f"{dtype} {stats}"] = {

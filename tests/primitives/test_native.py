@@ -33,7 +33,7 @@ def exponential(x):
     zero, one = torch.zeros(rows, dtype=torch.float64), torch.ones(rows, dtype=torch.float64)
     upstream = (None, one, None, None, None, None)
     return torch.ops.classfair_native.softmax_loss_bwd(
-        *upstream, *tensors, zero, zero[:0], *Scalars(), False, False, False
+        *upstream, *tensors, zero, zero[:0], one[0], *Scalars(), False, False, False
     )[0]
 
 

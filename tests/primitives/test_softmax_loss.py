@@ -115,3 +115,39 @@ def test_unwanted_outputs_are_empty_and_do_not_alias(backend, device):
     assert [t.numel() for t in out] == [9, 9, 0, 0, 0, 0, 0, 0, 1, 1]
     storages = [t.untyped_storage()._cdata for t in out]
     assert len(set(storages)) == len(storages)
+
+
+@each_backend
+def test_a_label_without_a_share_has_no_part_in_its_row(backend, device):
+    """Beside infinities and NaN its margin's gradient is 0, not 0 times those."""
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 40, generator=g, dtype=torch.float64)
+    logits[0, 1], logits[1, 2], logits[2, 3], logits[3, 30] = torch.inf, torch.nan, -torch.inf, torch.inf
+    labels, others = torch.tensor([1, 2, 3, 4, 5, 6]), torch.tensor([7, 8, 9, 10, 11, 12])
+    shares = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0, 0.5], dtype=torch.float64)
+    margin, results = torch.rand(40, generator=g, dtype=torch.float64), []
+    for name, where in (("reference", "cpu"), (backend, device)):
+        inputs = (t.to(where) for t in (labels, others, shares))
+        leaves = [t.to(where, copy=True).requires_grad_() for t in (logits, margin)]
+        target, target_b, mix = inputs
+        out = softmax_loss(
+            leaves[0], target=target, target_b=target_b, mix=mix, margin=leaves[1], stats=2, backend=name
+        )
+        values = (out.loss, out.hit, *torch.autograd.grad(out.loss.sum(), leaves))
+        results.append([v.detach().cpu() for v in values])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-14, equal_nan=True)
+    assert results[1][-1][[5, 6]].all()
+    assert int(results[1][-1].count_nonzero()) == 2
+
+
+@each_backend
+@pytest.mark.parametrize("classes", [629, 8142])
+def test_dense_losses_are_sums_without_a_loss_of_digits(classes, backend, device):
+    """Of thousands of terms; added up in float32, one after the other, they lose 1e-6 to 4e-6 of their sum."""
+    g = torch.Generator().manual_seed(0)
+    logits = 30 * torch.randn(20, classes, generator=g, dtype=torch.float64).float()
+    soft = torch.rand(20, classes, generator=g, dtype=torch.float64)
+    soft = (soft / soft.sum(1, keepdim=True)).float()
+    exact = softmax_loss(logits.double(), soft_target=soft.double(), backend="reference").loss
+    got = softmax_loss(logits.to(device), soft_target=soft.to(device), backend=backend).loss.cpu().double()
+    torch.testing.assert_close(got, exact, rtol=4e-7, atol=0)  # of a float32 log-sum-exp, and of targets in float32

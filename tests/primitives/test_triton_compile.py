@@ -60,10 +60,10 @@ def _compile_case(case, dtype, kernels):
     """The launches of a forward and of a backward from every output, without autograd."""
     x = cast(case.build(), dtype, "cpu")
     tensors, scalars = schema_arguments(x)
-    loss, lse, lse_raw, _, mass, hit, joint, _, _, loss_sum = softmax_loss.softmax_loss_fwd(*tensors, *scalars)
-    upstream = (loss, lse, mass, hit, joint, loss_sum) if x["stats"] == 2 else (loss_sum, None, None, None, None, None)
+    loss, lse, lse_raw, _, mass, hit, joint, _, weight, total = softmax_loss.softmax_loss_fwd(*tensors, *scalars)
+    upstream = (loss, lse, mass, hit, joint, total) if x["stats"] == 2 else (total, None, None, None, None, None)
     wants = [x.get(n) is not None for n in ("offset", "margin", "pair")]
-    softmax_loss.softmax_loss_bwd(*upstream, *tensors, lse, lse_raw, *scalars, *wants)
+    softmax_loss.softmax_loss_bwd(*upstream, *tensors, lse, lse_raw, weight, *scalars, *wants)
     expected = {"_softmax_loss_fwd_kernel", "_softmax_loss_bwd_kernel"}
     _check(
         kernels,
@@ -124,7 +124,8 @@ def test_class_moments(shape, variance, dtype, compiled):
     count, mean, own, _ = class_moments.class_moments(torch.zeros(shape, dtype=dtype), rows, rows, start, variance)
     for momentum in (None, 0.1):
         spread = own if variance else None
-        class_moments.class_moments_merge(start[1:], mean, spread, rows[:4], count, mean, spread, spread, momentum)
+        state = (count, mean, spread, mean, spread)
+        class_moments.class_moments_merge(start[1:], mean, spread, rows[:4], *state, momentum)
     names = {"_finite_kernel", "_moments_kernel", "_merge_kernel"} | ({"_combine_kernel"} if shape[0] > 70 else set())
     _check(compiled, names)
 

@@ -416,3 +416,46 @@ def steps_in_groups(sync_with_dataloader):
 def test_batches_fetched_ahead_inside_accumulate():
     assert steps_in_groups(sync_with_dataloader=False) == 4
     assert steps_in_groups(sync_with_dataloader=True) == 10  # as docs/recipes.md warns: 4 for each last group
+
+
+def test_a_probe_leaves_labels_and_precision_alone():
+    pytest.importorskip("torchmetrics", reason="the recipe's metric is torchmetrics'")
+    from sklearn.metrics import average_precision_score
+
+    names = run_block(recipe("Multi-label heads, with a probe"))
+    model = names["train"](0.1)
+    precision, response = names["evaluate"](model)
+    x, there = names["pairs"](torch.arange(1200, 1498), torch.arange(1498, 1796))
+    with torch.no_grad():
+        expected = average_precision_score(there.numpy(), model(x).sigmoid().numpy(), average="macro")
+    assert float(precision) == pytest.approx(expected, abs=1e-5)
+    assert there.sum(1).unique().tolist() == [1, 2]  # the same digit twice is one label
+    plain_precision, plain_response = names["evaluate"](names["train"](0.0))
+    assert response < 0.1 * plain_response
+    assert abs(precision - plain_precision) < 0.05
+
+
+def test_the_covariance_gradient_is_that_of_the_whole_virtual_step():
+    names = run_block(recipe("MetaSAug"))
+    images, labels, kept, meta = (names[name] for name in ("images", "labels", "kept", "meta"))
+    assert not set(kept.tolist()) & set(meta.tolist())
+    assert torch.bincount(labels[meta]).tolist() == [10] * 10
+    assert names["statistics"].count.tolist() == (12 * names["counts"]).tolist()
+    names["images"], net = images.double(), names["net"].double()
+    names["class_weight"] = names["class_weight"].double()
+    x, y, cov = names["images"][kept[:60]], labels[kept[:60]], names["statistics"].cov.double()
+    got = names["covariance_gradient"](cov, x, y)
+    direction = torch.randn(cov.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def meta_loss(cov):
+        copy = {name: p.detach().clone().requires_grad_() for name, p in net.named_parameters()}
+        loss, _ = names["augmented_loss"](copy, cov, x, y)
+        for p, g in zip(copy.values(), torch.autograd.grad(loss, tuple(copy.values())), strict=True):
+            p.data -= 0.1 * g
+        logits = torch.func.functional_call(net, copy, (names["images"][meta],))[1]
+        return float(torch.nn.functional.cross_entropy(logits, labels[meta]))
+
+    step = 1e-4
+    expected = (meta_loss(cov + step * direction) - meta_loss(cov - step * direction)) / (2 * step)
+    assert float((got * direction).sum()) == pytest.approx(expected, rel=1e-5)
+    assert float(got.abs().max()) > 1e-6

@@ -100,10 +100,10 @@ CASES = [Case(f"{n}x{d}-{c}", (n, d), c) for (n, d), c in _SIZES] + [
 
 #: The same with an exponential state.
 EXPONENTIAL = [replace(c, id=f"{c.id}-exponential", momentum=0.3) for c in CASES if c.shape[1] < 100]
-STATE = ("count", "mean", "variance", "error")
+STATE = ("count", "mean", "variance", "mean error", "variance error")
 
 
 def zero_state(shape: tuple[int, int], dtype: torch.dtype, device: str) -> list[Tensor]:
     """What :data:`STATE` names of no sample, (C,) or (C, D)."""
     count = torch.zeros(shape[0], dtype=torch.int64, device=device)
-    return [count, *torch.zeros(3, *shape, dtype=dtype, device=device).unbind()]
+    return [count, *torch.zeros(4, *shape, dtype=dtype, device=device).unbind()]

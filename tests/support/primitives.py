@@ -110,7 +110,7 @@ class SoftmaxLoss(Primitive):
                 joint = None
             given = (loss, lse, mass, hit, joint, None if mass is None else mass.new_tensor(2.0))
             wants = [tensor is not None for tensor in (t.offset, t.margin, t.pair)]
-            yield "softmax_loss_bwd", (*given, *t, out[1], out[2], *s, *wants)
+            yield "softmax_loss_bwd", (*given, *t, out[1], out[2], out[8], *s, *wants)
 
 
 def schema_arguments(inputs: Inputs) -> tuple[Tensors, Scalars]:
@@ -139,7 +139,7 @@ class ClassMoments(Primitive):
         features, classes, momentum = inputs["features"], inputs["num_classes"], inputs["momentum"]
         acc = torch.float64 if features.dtype == torch.float64 else torch.float32
         state = moment_cases.zero_state((classes, features.shape[2]), acc, features.device.type)
-        used, results = state if momentum is None else state[:3], {}
+        used, results = state if momentum is None else state[:4], {}
         for i, (values, target) in enumerate(zip(features, inputs["target"], strict=True)):
             index = ops.label_index(target, classes, ignore_index=-1, backend="reference")
             batch = ops.class_moments(values, index, backend=backend)
@@ -156,8 +156,8 @@ class ClassMoments(Primitive):
         size = float(means.amax().clamp_min(1)) if terms > 1 and means.numel() else 1.0
 
         def compare(name: str, *values: Tensor) -> None:
-            if name == "state error":
-                return  # what rounding has left out of the variance: its own, different for every order of sums
+            if name.endswith("error"):
+                return  # what rounding has left out of the state: its own, different for every order of sums
             number = max(terms, int(size**2)) if name == "state variance" else terms
             assert_as_accurate(name, *values, acc=_acc(dtype), terms=number)
             if name.startswith("variance"):
@@ -174,8 +174,9 @@ class ClassMoments(Primitive):
         count, mean, own, _ = namespace.class_moments(features.float(), index.slot, index.order, index.start, True)
         for momentum in (None, 0.25):
             state = moment_cases.zero_state((5, 9), torch.float32, device)
-            state[3] = state[3] if momentum is None else None
-            for rows, given in ((own, state), (None, [*state[:2], None, None])):
+            state[4] = state[4] if momentum is None else None
+            means = [*state[:2], None, state[3], None]
+            for rows, given in ((own, state), (None, means), (None, [*means[:3], None, None])):
                 yield "class_moments_merge", (count, mean, rows, index.key_of_slot, *given, momentum)
 
 

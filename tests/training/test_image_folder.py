@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from classfair import effective_number_weights
+from classfair import cross_entropy_with_stats, effective_counts, effective_frequency, effective_number_weights
 from classfair.cli import main
 
 pytest.importorskip("torchvision", reason="image folders need torchvision")
@@ -18,6 +18,8 @@ timm = pytest.importorskip("timm", reason="timm's models need timm")
 
 from classfair.training import TrainConfig, engine, saved_config  # noqa: E402
 from classfair.training.image_folder import _val_transform, load_images  # noqa: E402
+from classfair.training.objective import read_effective_counts  # noqa: E402
+from classfair.training.report import METRICS_VERSION  # noqa: E402
 
 CLASSES = ["eight", "five", "four", "nine", "one", "seven", "six", "three", "two", "zero"]  # as folders sort
 COUNTS = dict(zip(CLASSES, (30, 20, 16, 12, 10, 8, 6, 5, 4, 3), strict=True))
@@ -161,12 +163,29 @@ def test_effective_frequency_of_an_earlier_run(folder, tmp_path):
     assert train(folder, tmp_path / "first", "--epochs", 2, "-b", 32, "--loss", "ce", "la") == 0
     second = ("--epochs", 1, "-b", 32, "--loss", "la", "cb", "--effective-frequency", tmp_path / "first")
     assert train(folder, tmp_path / "second", *second) == 0
-    frequency = torch.tensor(read_metrics(tmp_path / "first")["runs"][0]["effective_frequency"]).clamp_min(1e-3)
+    run = read_metrics(tmp_path / "first")["runs"][0]
+    frequency = torch.tensor(run["effective_frequency"]).clamp_min(1e-3)
     checkpoint = torch.load(tmp_path / "second/checkpoints/la-seed0.pt", weights_only=True)
     torch.testing.assert_close(checkpoint["criterion"]["offset"], (frequency / frequency.sum()).log())
     checkpoint = torch.load(tmp_path / "second/checkpoints/cb-seed0.pt", weights_only=True)
-    counts = frequency * torch.tensor(list(COUNTS.values()))
+    counts = frequency * torch.tensor(run["val_count"])
+    assert run["val_count"] != run["train_count"]
     torch.testing.assert_close(checkpoint["criterion"]["reweight"], effective_number_weights(counts, 0.9999))
+
+
+def test_effective_frequency_of_a_class_without_validation_images(tmp_path):
+    """One rule, in the command and in the function."""
+    logits, target = torch.randn(40, 4, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 5 % 3
+    _, stats = cross_entropy_with_stats(logits, target)
+    frequency = [None if value != value else value for value in effective_frequency(stats).tolist()]
+    run = {"loss": "ce", "seed": 0, "effective_frequency": frequency, "val_count": stats.count[0].tolist()}
+    metrics = {"format_version": METRICS_VERSION, "class_names": ["a", "b", "c", "d"], "runs": [run]}
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    la, cb = (read_effective_counts(tmp_path, loss, 0, ["a", "b", "c", "d"]).float() for loss in ("la", "cb"))
+    torch.testing.assert_close(la, effective_counts(stats, torch.ones(4)))
+    torch.testing.assert_close(cb, effective_counts(stats))
+    torch.testing.assert_close(la[3], la[:3].mean())
+    assert cb.min() > 0
 
 
 def test_weights_of_an_earlier_run_start_the_next(folder, tmp_path, capsys):
@@ -552,3 +571,34 @@ def test_errors_of_a_first_model_are_of_images_without_augmentation(folder):
     assert not torch.equal(images, data.train[5, [3, 40]][0])
     assert target.tolist() == data.train_targets[[3, 40]].tolist()
     assert data.train_plain.samples == data.train.samples
+
+
+META = ("--loss", "ce", "metalad", "--meta-per-class", 2)
+
+
+def test_meta_images_are_held_out_of_training(folder, tmp_path, capsys):
+    config = TrainConfig.for_data(
+        f"imagefolder:{folder}", model="timm:test_resnet", loss=("metalad",), meta_per_class=2, img_size=32
+    )
+    data = load_images(config, seed=0)
+    whole = load_images(TrainConfig.for_data(f"imagefolder:{folder}"), seed=0)
+    meta, kept, every = (set(d.samples) for d in (data.meta, data.train, whole.train))
+    assert not meta & kept
+    assert meta | kept == every
+    assert torch.tensor([label for _, label in data.meta.samples]).bincount().tolist() == [2] * 10
+    assert data.train_targets.tolist() == [label for _, label in data.train.samples]
+    assert data.images.digests == whole.images.digests  # of what was there, on whichever side of training
+    images, target = data.meta[7, [0, 1, 2]]
+    assert images.shape == (3, 3, 32, 32)
+    assert isinstance(target, torch.Tensor)
+
+    flags = ("--epochs", 1, "-b", 16, *META, "--mixup", 0.2)  # batch norm, and mixtures
+    assert train(folder, tmp_path / "run", *flags) == 0
+    state = torch.load(tmp_path / "run" / "checkpoints" / "metalad-seed0.pt", weights_only=True)
+    assert (state["criterion"]["omega"] != 1).any()
+    per_class = [run["train_count"] for run in read_metrics(tmp_path / "run")["runs"]]
+    assert per_class == [[COUNTS[name] - 2 for name in CLASSES]] * 2  # of both losses
+    capsys.readouterr()
+    assert train(folder, tmp_path / "other", "--epochs", 1, "--loss", "metalad", "--meta-per-class", 3) == 2
+    assert "expected 4 training images or more of every class with meta_per_class 3 from heldout" in one_line(capsys)
+    assert not (tmp_path / "other").exists()

@@ -449,6 +449,7 @@ def test_a_whole_log_is_not_called_damaged(stopped, whole, capsys):
         (lambda m: m["runs"][0].update(effective_frequency=[2.0] * 10), "effective frequencies from 0 to 1"),
         (lambda m: m["runs"][0].update(effective_frequency=["a"] * 10), "expected int or float or NoneType"),
         (lambda m: m["runs"][0].update(effective_frequency=[0.5]), "10 effective frequencies"),
+        (lambda m: m["runs"][0].update(val_count=[0] * 10), "images where there are effective frequencies"),
         (lambda m: m["runs"][0].pop("seed"), "expected seed in"),
         (lambda m: m.update(runs=7), "expected a list as runs of"),
     ],

@@ -159,11 +159,13 @@ def test_model_has_the_initial_distribution_of_linear():
         ({"few_shot": 26}, r"expected few_shot from 0 to many_shot \(25\), got 26"),
         (
             {"loss": ()},
-            "expected loss to be one or several of ce, la, ldam, cb, focal, isda, nisda, distance, metalad, got none",
+            "expected loss to be one or several of ce, la, ldam, cb, focal, isda, nisda, distance, metalad, "
+            "estimated-offset, got none",
         ),
         (
             {"loss": ("ce", "mse")},
-            "expected loss to be one or several of ce, la, ldam, cb, focal, isda, nisda, distance, metalad, got ce mse",
+            "expected loss to be one or several of ce, la, ldam, cb, focal, isda, nisda, distance, metalad, "
+            "estimated-offset, got ce mse",
         ),
         ({"data": "mnist"}, "expected data to be digits, .* or csv:FILE.csv, got mnist"),
         ({"data": "imagefolder:"}, "expected data to be digits, .* or csv:FILE.csv, got imagefolder:"),

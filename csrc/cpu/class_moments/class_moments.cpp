@@ -48,22 +48,22 @@ void zero_slot(A* values, int64_t slot, int64_t D) {
   if (values != nullptr && D > 0) std::memset(values + slot * D, 0, D * sizeof(A));
 }
 
-// A slot with a result that is not finite, again without the rows that are not.
+// A slot whose result is suspicious, again without the rows that are not finite or too large.
 template <class T>
 void leave_out_rows(const Batch<T>& b, const MomentKernels<T>& code, int64_t slot) {
   std::vector<int64_t> kept;
   for (int64_t p = b.start[slot]; p < b.start[slot + 1]; ++p)
-    if (code.finite_row(b.moments, b.order[p])) kept.push_back(b.order[p]);
+    if (code.usable_row(b.moments, b.order[p])) kept.push_back(b.order[p]);
   const int64_t rows = b.start[slot + 1] - b.start[slot], count = static_cast<int64_t>(kept.size());
   b.count[slot] = count;
   *b.nonfinite += rows - count;
-  if (count == rows) return;  // features of more than the square root of the largest number
+  if (count == rows) return;  // large, but not too large
   zero_slot(b.moments.mean, slot, b.moments.D);
   zero_slot(b.moments.variance, slot, b.moments.D);
   if (count > 0) code.slot_columns(b.moments, slot, kept.data(), count, 0, b.moments.D);
 }
 
-// All rows are taken for finite, which they nearly always are; a slot whose result says otherwise is done again.
+// All rows are taken as they are, which is nearly always right; a slot whose result says otherwise is done again.
 template <class T>
 void fill_moments(const Batch<T>& b) {
   const auto& code = std::get<MomentKernels<T>>(kernels());
@@ -123,8 +123,8 @@ double merge_weight(int64_t n, int64_t n_b, const std::optional<double>& momentu
 }
 
 void class_moments_merge_cpu(Tensor count, Tensor mean, OptionalTensor variance, Tensor key, Tensor state_count,
-                             Tensor state_mean, OptionalTensor state_variance, OptionalTensor state_error,
-                             std::optional<double> momentum) {
+                             Tensor state_mean, OptionalTensor state_variance, OptionalTensor state_mean_error,
+                             OptionalTensor state_variance_error, std::optional<double> momentum) {
   STD_TORCH_CHECK(
       state_mean.is_contiguous() && mean.is_contiguous() && variance.has_value() == state_variance.has_value(),
       "class_moments_merge: expected contiguous rows and state, both with a variance or neither");
@@ -132,7 +132,7 @@ void class_moments_merge_cpu(Tensor count, Tensor mean, OptionalTensor variance,
                   "class_moments_merge: expected rows in the state's dtype");
   const int64_t slots = count.numel(), D = mean.size(1), classes = state_count.numel();
   for (const OptionalTensor& t : {OptionalTensor(mean), variance}) check_numel(t, slots * D, "rows");
-  for (const OptionalTensor& t : {OptionalTensor(state_mean), state_variance, state_error})
+  for (const OptionalTensor& t : {OptionalTensor(state_mean), state_variance, state_mean_error, state_variance_error})
     check_numel(t, classes * D, "state");
   check_numel(key, slots, "key");
   count = packed(count);
@@ -149,7 +149,8 @@ void class_moments_merge_cpu(Tensor count, Tensor mean, OptionalTensor variance,
                       optional_data<A>(variance),
                       data<A>(state_mean),
                       const_cast<A*>(optional_data<A>(state_variance)),
-                      const_cast<A*>(optional_data<A>(state_error)),
+                      const_cast<A*>(optional_data<A>(state_mean_error)),
+                      const_cast<A*>(optional_data<A>(state_variance_error)),
                       D};
     const auto& code = std::get<MomentKernels<A>>(kernels());
     parallel_for(

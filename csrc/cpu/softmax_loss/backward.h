@@ -167,11 +167,12 @@ void backward_row(const Backward<T>& b, int64_t i, const Row<A>& row, const T* z
   A total = target_a + target_b;  // s = sum_c t_c
   g.target_scale = upstream;
   if (soft) {
-    total = A(0);
+    double sum = 0;
     for (int64_t c = 0; c < in.C; ++c) {
       buffers.target[c] = smoothed_target(in.class_weight(c), soft[c], in.smoothing, in.smoothing_share);
-      total += buffers.target[c];
+      sum += buffers.target[c];
     }
+    total = static_cast<A>(sum);
     g.target = buffers.target;
   } else if (buffers.smoothing) {
     const A share = row.share_a + row.share_b;

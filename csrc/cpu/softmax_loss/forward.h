@@ -4,15 +4,16 @@
 namespace classfair {
 namespace CLASSFAIR_ISA {
 
-// sum_c t_c (lse - x_c) over dense targets t = w ((1-e) soft + e/C), with 0 * inf = 0.
+// sum_c t_c (lse - x_c) over dense targets t = w ((1-e) soft + e/C), with 0 * inf = 0. In double, because one number
+// after the other is added.
 template <class T, class E, class A = acc_t<T>>
 A dense_loss(const Inputs<T>& in, const A* soft, const E* x, A m, A log_sum) {
-  A loss = 0;
+  double loss = 0;
   for (int64_t c = 0; c < in.C; ++c) {
     const A t = smoothed_target(in.class_weight(c), soft[c], in.smoothing, in.smoothing_share);
     if (t != A(0)) loss += t * (log_sum - (static_cast<A>(x[c]) - m));
   }
-  return loss;
+  return static_cast<A>(loss);
 }
 
 // Log-sum-exp of one row, in the two parts that keep it exact.

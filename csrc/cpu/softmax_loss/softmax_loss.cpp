@@ -126,8 +126,10 @@ void forward(const SoftmaxLossArguments& a, const SoftmaxLossOutputs& out) {
   each_chunk(in.chunks(), [&](int64_t chunk) { forward_chunk(f, chunk); });
   const int64_t bad = in.rows ? *std::min_element(chunks.bad.begin(), chunks.bad.end()) : 0;
   if (bad < in.rows) throw_bad_row(in, bad);
-  *data<A>(out.total_weight) = static_cast<A>(std::accumulate(chunks.weight.begin(), chunks.weight.end(), 0.0));
-  *data<A>(out.loss_sum) = static_cast<A>(ordered_sum(f.loss, in.rows));
+  const A weight = static_cast<A>(std::accumulate(chunks.weight.begin(), chunks.weight.end(), 0.0));
+  const A sum = static_cast<A>(ordered_sum(f.loss, in.rows));
+  *data<A>(out.total_weight) = weight;
+  *data<A>(out.reduced) = a.mean ? mean(sum, weight, in.smoothing != A(0)) : sum;
   if (!in.stats) return;
   A *const mass = data<A>(out.mass), *const hit = data<A>(out.hit);
   int64_t* const counts = data<int64_t>(out.counts);

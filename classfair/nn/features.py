@@ -1,88 +1,12 @@
-"""What belongs to the model: a cosine classifier, and features beside logits from one forward pass."""
+"""Features beside logits from one forward pass of any model, and another classifier in the place of its own."""
 
-import math
 from collections.abc import Callable
 from typing import Any, cast
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-
-from classfair import _validate as check
-from classfair.etf import ETFLinear as ETFLinear
-from classfair.scaled import ScaledLinear as ScaledLinear
 
 #: Where torchvision's and timm's models keep their classifier, or the container that it ends.
 _HEAD_NAMES = ("fc", "classifier", "head", "heads")
-
-
-class CosineLinear(nn.Module):
-    r"""Classifier without bias whose logits are scaled cosines: :math:`z_c = s\,\cos(x, w_c)`.
-
-    The scale is part of the model, so that ``model(x)`` are the logits of the softmax: give :class:`LDAMLoss` the same
-    ``scale``. Norms are computed in float32 (float64 for float64), under autocast as well; the product with the
-    weights is rounded as that of :class:`torch.nn.Linear` is. Only the direction of a row of ``weight`` matters, and
-    rows start as unit vectors of random direction; the shorter a row, the faster it turns.
-    Source: Cao et al. 2019, "Learning imbalanced datasets with label-distribution-aware margin loss", section 3.2.
-
-    Args:
-        in_features: D.
-        out_features: C.
-        scale: s > 0, a constant.
-        device, dtype: of the weight, as for :class:`torch.nn.Linear`.
-
-    Shape: ``(..., D)`` to ``(..., C)``, of the dtype of the input; in ``[-s, s]``.
-    State: ``weight`` ``(C, D)``, a parameter.
-    Gradients: input and ``weight``, every order. A zero input or a zero row gives the logit 0; its gradient is that at
-    norm 1, so that a zero row can leave zero.
-
-    Raises:
-        ValueError: a number of features below 1, or a scale that is not a finite number > 0.
-
-    Example:
-        >>> head = classfair.nn.CosineLinear(2, 2, scale=10.0)
-        >>> _ = head.load_state_dict({"weight": torch.tensor([[3.0, 0.0], [0.0, 0.5]])})
-        >>> head(torch.tensor([[3.0, 4.0]])).tolist()
-        [[6.0, 8.0]]
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        scale: float = 30.0,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        check.check_range("CosineLinear", "in_features", in_features, 1)
-        check.check_range("CosineLinear", "out_features", out_features, 1)
-        if not 0 < scale < math.inf:
-            raise ValueError(f"CosineLinear: expected a finite scale > 0, got {scale}")
-        self.in_features, self.out_features, self.scale = in_features, out_features, scale
-        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw new directions."""
-        with torch.no_grad():
-            self.weight.copy_(_with_norm(torch.randn_like(self.weight), 1.0))
-
-    def forward(self, input: Tensor) -> Tensor:
-        """``(..., D)`` to ``(..., C)``."""
-        return F.linear(_with_norm(input, self.scale), _with_norm(self.weight, 1.0))
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, scale={self.scale}"
-
-
-def _with_norm(x: Tensor, norm: float) -> Tensor:
-    """Rows of the given norm, and of the dtype of x; zero rows stay zero."""
-    # Autocast has no operation here on its list of those to run in half precision.
-    wide = x.to(check.acc_dtype(x))
-    length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    return (wide * (norm / torch.where(length > 0, length, 1.0))).to(x.dtype)
 
 
 class WithFeatures(nn.Module):
