@@ -201,6 +201,17 @@ def test_a_damaged_second_stage_is_refused(tmp_path, capsys):
         ({"method": "lff", "loss": ("ce",), "sampler": "class-balanced"}, "expected sampler to be shuffle with method"),
         ({"method": "jtt", "loss": ("ce",), "drw_start": 3}, "expected drw_start to be left out with method jtt"),
         ({"stage2": "tau-norm", "loss": ("ldam",)}, "expected stage2 other than tau-norm with ldam"),
+        ({"head": "etf", "loss": ("estimated-offset",)}, "expected head to be plain with estimated-offset"),
+        ({"stage2": "lws", "loss": ("estimated-offset",)}, "expected stage2 to be none with estimated-offset"),
+        ({"stage2": "crt", "zero_uniformity": 0.1}, "expected zero_uniformity to be left out with stage2 crt"),
+        (
+            {"stage2": "crt", "loss": ("metalad",), "meta_per_class": 1},
+            "expected meta_per_class to be left out with st",
+        ),
+        (
+            {"method": "lff", "loss": ("ce",), "zero_uniformity": 0.1},
+            "expected zero_uniformity to be left out with meth",
+        ),
         ({"stage2": "crt", "stage2_epochs": 0}, "expected stage2_epochs of at least 1, got 0"),
         ({"stage2_tau": -0.1}, "expected stage2_tau from 0 to 2"),
         ({"method": "jtt", "loss": ("ce",), "jtt_epochs": 0}, "expected jtt_epochs of at least 1"),

@@ -98,6 +98,18 @@ def test_jobs_on_both(folder, tmp_path):
     assert (tmp_path / "c" / "per_class_accuracy.png").exists()
 
 
+@pytest.mark.parametrize("source", ["heldout", "train"])
+def test_a_meta_set_of_mnist(source, folder):
+    options = {"loss": ("metalad",), "meta_per_class": 10, "meta_from": source}
+    data = load_data(TrainConfig.for_data(f"mnist-lt:{folder}", **options), 0)
+    whole = load_data(TrainConfig.for_data(f"mnist-lt:{folder}"), 0)
+    assert data.num_meta == 100
+    assert torch.bincount(data.meta.target).tolist() == [10] * 10
+    taken = 10 if source == "heldout" else 0
+    assert torch.bincount(data.train_targets).tolist() == (torch.bincount(whole.train_targets) - taken).tolist()
+    assert len(data.train.images) == len(data.train_targets)
+
+
 def one_line(capsys):
     error = capsys.readouterr().err
     assert error.count("\n") == 1, error
