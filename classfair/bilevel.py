@@ -47,8 +47,8 @@ class MetaLADStep:
         model: what :func:`classfair.nn.with_features` returns; with several processes in DistributedDataParallel.
         criterion: its weights of terms, ``omega``, are what is learnt; in training mode.
         optimizer: of the model's parameters; those that it lacks, or that are frozen, stay in the virtual step, too.
-        meta_lr: :math:`\eta_2 \ge 0`. It follows the scale of the losses; 10 to 30 work on small sets, on which the
-            paper's 100 diverges. 0 leaves ``omega`` alone and saves the virtual step.
+        meta_lr: :math:`\eta_2 \ge 0`. It follows the scale of the losses; on small sets 10 works, 30 may diverge, and the
+            paper's 100 does. 0 leaves ``omega`` alone and saves the virtual step.
         outer: the meta loss. ``"ce"`` is plain cross-entropy; ``"perturbed"`` is the criterion itself, as the paper
             prints it. That falls fastest with the weights of the terms, which so are driven down without end.
         method: how the mixed second derivative is computed. ``"jvp"`` carries the meta gradient forward through the
