@@ -117,7 +117,7 @@ class TrainConfig:
         "omega is fixed.",
     )
     meta_lr: float = _option(
-        10.0, "Step size of omega, at least 0; more may diverge on small sets. 0 leaves omega as it is, to compare with."
+        10.0, "Step size of omega, at least 0; more may diverge on small sets. 0 leaves omega as it is, to compare."
     )
     meta_start: int = _option(
         0, "Epochs of plain cross-entropy, in which class statistics are gathered, before metalad begins."

@@ -37,6 +37,7 @@ SPACE: tuple[tuple[str, Callable[[TrainConfig], bool], float, float, bool], ...]
     ("fairness_weight", lambda config: config.fairness != "none", 0.1, 1000.0, True),
     ("tau", lambda config: "la" in config.loss, 0.0, 2.0, False),
     ("strength", lambda config: "isda" in config.loss, 0.1, 30.0, True),
+    ("meta_lr", lambda config: config.meta_per_class > 0, 1.0, 100.0, True),
     ("stage2_tau", lambda config: config.stage2 == "tau-norm", 0.0, 2.0, False),
 )
 STARTUP = 5  # trials before any is stopped
@@ -62,7 +63,7 @@ def check(config: TrainConfig, objective: str, trials: int) -> None:
     if objective == "iou_sd" and not config.has_groups:
         raise StudyError("expected objective iou_sd with groups, got data without")
     if not space(config):
-        used = "la (tau), isda (strength), fairness (fairness_weight) or stage2 tau-norm (stage2_tau)"
+        used = "la (tau), isda (strength), fairness (fairness_weight), meta_per_class (meta_lr) or stage2 tau-norm"
         raise StudyError(f"expected something to tune: {used}, got {config.loss[0]} alone")
 
 

@@ -25,8 +25,8 @@ from classfair.training.saved import check_resumable, saved_config
 
 DESCRIPTION = """\
 Search for good options of a training job: of --fairness its weight, of la tau, of
-isda strength, of --stage2 tau-norm its tau. All flags of "classfair train" say what
-is trained. The objective is measured on validation images after the last epoch, as
+isda strength, of --meta-per-class its --meta-lr, of --stage2 tau-norm its tau. All
+flags of "classfair train" say what is trained. The objective is measured on validation images after the last epoch, as
 the mean over the seeds; report on other images. Bad trials are stopped early. The
 folder holds the study, which --resume goes on with, trials.csv and best.json.
 """

@@ -101,6 +101,7 @@ def test_bad_trials_are_stopped_early(whole, tmp_path, monkeypatch):
         ({"loss": ("la",)}, ["tau"]),
         ({"loss": ("isda",)}, ["strength"]),
         ({"loss": ("ce",), "stage2": "tau-norm"}, ["stage2_tau"]),
+        ({"loss": ("metalad",), "meta_per_class": 2}, ["meta_lr"]),
         ({"data": "digits-groups", "loss": ("la",), "fairness": "iou"}, ["fairness_weight", "tau"]),
     ],
 )
