@@ -7,6 +7,9 @@ from classfair import backends as _backends
 from classfair import data as data
 from classfair import nn as nn
 from classfair.bilevel import MetaLADStep
+from classfair.difficulty import RelativeDifficulty
+from classfair.equidistance import equidistance_loss
+from classfair.etf import dot_regression_loss
 from classfair.fairness import (
     binary_logits,
     demographic_parity_loss,
@@ -40,6 +43,7 @@ from classfair.priors import (
     posthoc_logit_adjustment,
     tau_normalize,
 )
+from classfair.robust import generalized_cross_entropy
 from classfair.schedules import DeferredReweighting, ISDARamp, Warmup
 from classfair.statistics import (
     BatchStats,
@@ -72,6 +76,7 @@ __all__ = [
     "MetaLADStep",
     "MixedTarget",
     "PairTerms",
+    "RelativeDifficulty",
     "Warmup",
     "ZeroUniformity",
     "binary_logits",
@@ -83,11 +88,14 @@ __all__ = [
     "cross_entropy_with_stats",
     "demographic_parity_loss",
     "distance_margin",
+    "dot_regression_loss",
     "effective_counts",
     "effective_frequency",
     "effective_number_weights",
     "empirical_offset",
     "equalized_odds_loss",
+    "equidistance_loss",
+    "generalized_cross_entropy",
     "intersection_over_union",
     "iou_loss",
     "ldam_margins",

@@ -54,9 +54,12 @@ def markup(name: str) -> str:
     return escape(printable(name))
 
 
+command = "train"  # which one speaks
+
+
 def say(message: object) -> None:
     """One line on stderr, whatever the names in it."""
-    print(f"classfair train: {printable(message)}", file=sys.stderr)
+    print(f"classfair {command}: {printable(message)}", file=sys.stderr)
 
 
 @functools.cache

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +13,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
+from classfair import _names
 from classfair._names import printable, say
+from classfair._usage import first_section
 
 if TYPE_CHECKING:
     from classfair.training import Epoch, Processes, RunFolder, TrainConfig
@@ -22,12 +23,13 @@ if TYPE_CHECKING:
 OK, FAILURE, USAGE, ENVIRONMENT, INTERRUPTED = 0, 1, 2, 3, 130
 
 HELP = """\
-usage: classfair [-h] [--version] {train,doctor} ...
+usage: classfair [-h] [--version] {train,tune,doctor} ...
 
 Class-fair losses and statistics for image classifiers.
 
 commands:
   train       train a classifier with one or several losses, write a run folder
+  tune        search for good options of a training job
   doctor      show versions and back-ends, and check that they compute correctly
 
 options:
@@ -68,11 +70,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return OK
     if command == "train":
         return train(arguments[1:])
+    if command == "tune":
+        return tune(arguments[1:])
     if command == "doctor":
         from classfair.doctor import main as doctor_main
 
         return doctor_main(arguments[1:])
-    print(f"classfair: expected a command (train, doctor), got {printable(command)}", file=sys.stderr)
+    print(f"classfair: expected a command (train, tune, doctor), got {printable(command)}", file=sys.stderr)
     return USAGE
 
 
@@ -89,6 +93,7 @@ def entry() -> None:
 
 def train(argv: Sequence[str]) -> int:
     """``classfair train``: parse, check everything that can be checked, train, report."""
+    _names.command = "train"
     if missing := _missing(_TRAIN_EXTRA, find_spec):
         return _needs("train", missing)
     from classfair import training
@@ -102,7 +107,7 @@ def train(argv: Sequence[str]) -> int:
     try:
         names = [f.name for f in fields(training.TrainConfig)]
         config = training.TrainConfig(**{name: getattr(options, name) for name in names})
-        extra, modules = ("vision", _VISION_EXTRA) if config.image_folder is not None else ("train", _TRAIN_EXTRA)
+        extra, modules = ("vision", _VISION_EXTRA) if config.needs_torchvision else ("train", _TRAIN_EXTRA)
         if missing := _missing(modules, import_module):
             return _needs(extra, missing)
         device = training.resolve_device(config.device)
@@ -118,6 +123,16 @@ def train(argv: Sequence[str]) -> int:
             processes.leave(code)
     processes.leave(code)
     return code
+
+
+def tune(argv: Sequence[str]) -> int:
+    """``classfair tune``."""
+    _names.command = "tune"
+    if missing := _missing(_TUNE_EXTRA, find_spec):
+        return _needs("tune", missing)
+    from classfair.training.tune_command import run
+
+    return run(argv)
 
 
 def _train(options: Any, config: TrainConfig, device: Any, processes: Processes) -> int:
@@ -137,12 +152,14 @@ def _train(options: Any, config: TrainConfig, device: Any, processes: Processes)
         return _fail(error, USAGE)
     try:
         with _progress(config, shown=processes.is_main and not options.no_progress) as on_epoch:
-            results = training.train(config, folder, on_epoch, device=device, processes=processes, resume=resume)
+            job: Any = training.sweep if config.fairness_sweep else training.train
+            results = job(config, folder, on_epoch, device=device, processes=processes, resume=resume)
         if folder is not None:
-            training.print_results(results, config, folder.path, as_json=options.json)
+            show: Any = training.print_sweep if config.fairness_sweep else training.print_results
+            show(results, config, folder.path, as_json=options.json)
             sys.stdout.flush()
     except KeyboardInterrupt:
-        return _fail(_interrupted(folder, len(config.loss) * config.seeds), INTERRUPTED)
+        return _fail(_interrupted(folder, config.runs), INTERRUPTED)
     except training.MissingPackageError as error:
         return _fail(error, ENVIRONMENT)
     except ValueError as error:
@@ -165,6 +182,7 @@ def _fail(message: object, code: int) -> int:
 
 
 _TRAIN_EXTRA = {"tyro": "tyro", "rich": "rich", "sklearn": "scikit-learn", "matplotlib": "matplotlib"}
+_TUNE_EXTRA = {**_TRAIN_EXTRA, "optuna": "optuna"}
 _VISION_EXTRA = {**_TRAIN_EXTRA, "torchvision": "torchvision"}
 
 
@@ -187,7 +205,7 @@ def _needs(extra: str, missing: list[str]) -> int:
 
 
 def _default_output(config: TrainConfig) -> str:
-    return time.strftime(f"runs/{config.image_folder.name if config.image_folder else config.data}-%Y%m%d-%H%M%S")
+    return time.strftime(f"runs/{Path(config.place).stem if config.reads_images else config.kind}-%Y%m%d-%H%M%S")
 
 
 def _value_of(flag: str, argv: Sequence[str]) -> str:
@@ -200,7 +218,7 @@ def _value_of(flag: str, argv: Sequence[str]) -> str:
     return ""
 
 
-def _options_type(defaults: dict[str, Any]) -> type:
+def _options_type(defaults: dict[str, Any], more: Sequence[Any]) -> type:
     """TrainConfig with these defaults plus what only the command line needs, annotated for tyro."""
     import tyro
 
@@ -229,11 +247,11 @@ def _options_type(defaults: dict[str, Any]) -> type:
         ("json", Annotated[bool, json_flag], field(default=False)),
         ("no_progress", Annotated[bool, quiet], field(default=False)),
     ]
-    return make_dataclass("TrainOptions", options)
+    return make_dataclass("TrainOptions", [*options, *more])
 
 
-def _parse(argv: Sequence[str]) -> Any:
-    """The options; SystemExit after --help, or after one line about what is wrong."""
+def _parse(argv: Sequence[str], description: str = TRAIN_DESCRIPTION, more: Sequence[Any] = ()) -> Any:
+    """The options, with the fields ``more``; SystemExit after --help, or after one line about what is wrong."""
     import tyro
 
     from classfair import training
@@ -247,35 +265,16 @@ def _parse(argv: Sequence[str]) -> Any:
     try:
         with contextlib.redirect_stderr(box):
             return tyro.cli(
-                _options_type(defaults),
+                _options_type(defaults, more),
                 args=argv,
-                prog="classfair train",
-                description=TRAIN_DESCRIPTION,
+                prog=f"classfair {_names.command}",
+                description=description,
                 config=(tyro.conf.FlagCreatePairsOff,),
             )
     except SystemExit as stop:
         if stop.code not in (0, None):
-            _fail(_first_section(box.getvalue()), USAGE)
+            _fail(first_section(box.getvalue()), USAGE)
         raise
-
-
-def _first_section(box: str) -> str:
-    """tyro frames its errors and adds advice below a rule: keep the message, as one line.
-
-    On a terminal the title is part of the frame, elsewhere it is a section of its own.
-    """
-    box = re.sub(r"\x1b\[[0-9;]*m", "", box)  # colours
-    framed = "─" in box
-    sections: list[list[str]] = [[]]
-    for line in box.splitlines():
-        text = line.strip("│╭╮╰╯|+ ")
-        if text and set(text) <= {"─", "-"}:
-            sections.append([])
-        elif text and "─" not in text:
-            sections[-1].append(text)
-    written = [section for section in sections if section]
-    message = written[0] if framed or len(written) == 1 else written[1]
-    return f"{' '.join(message)} (see classfair train --help)"
 
 
 @contextlib.contextmanager
@@ -300,7 +299,7 @@ def _progress(config: TrainConfig, *, shown: bool) -> Iterator[Any]:
         TextColumn("{task.description}"),
     )
     with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
-        task = bar.add_task("starting", total=config.epochs * config.seeds * len(config.loss))
+        task = bar.add_task("starting", total=config.total_epochs * config.runs)
 
         def on_epoch(now: Epoch) -> None:
             accuracy = now.val.accuracy

@@ -5,12 +5,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Sampler, default_collate
 
 from classfair import _validate as check
+from classfair._replicas import replicas_and_rank
 from classfair.targets import MixedTarget, _label_tensor, _stored_targets
+from classfair.upweighted import UpweightedSampler as UpweightedSampler
 
 
 class MixedTargetCollate:
@@ -139,7 +140,7 @@ class ClassBalancedSampler(Sampler[int]):
     ) -> None:
         function = "ClassBalancedSampler"
         labels = _labels(function, dataset_or_targets, num_classes)
-        self._replicas, self._rank = _replicas_and_rank(function, num_replicas, rank)
+        self._replicas, self._rank = replicas_and_rank(function, num_replicas, rank)
         total = len(labels) if num_samples is None else num_samples
         check.check_count(function, "num_samples", total)
         check.check_count(function, "seed", seed, 0)
@@ -244,7 +245,7 @@ class UnpaddedDistributedSampler(Sampler[int]):
         if not isinstance(dataset, Sized):
             raise TypeError(f"{function}: expected dataset with a length, got {type(dataset).__name__}")
         self.dataset = dataset
-        self._replicas, self._rank = _replicas_and_rank(function, num_replicas, rank)
+        self._replicas, self._rank = replicas_and_rank(function, num_replicas, rank)
 
     def _indices(self) -> range:
         return range(self._rank, len(self.dataset), self._replicas)
@@ -268,12 +269,3 @@ def _labels(function: str, source: Any, num_classes: int | None) -> Tensor:  # (
     if labels.numel() == 0:
         raise ValueError(f"{function}: expected at least one sample, got none")
     return labels
-
-
-def _replicas_and_rank(function: str, num_replicas: int | None, rank: int | None) -> tuple[int, int]:
-    grouped = dist.is_available() and dist.is_initialized()
-    num_replicas = (dist.get_world_size() if grouped else 1) if num_replicas is None else num_replicas
-    rank = (dist.get_rank() if grouped else 0) if rank is None else rank
-    check.check_count(function, "num_replicas", num_replicas)
-    check.check_range(function, "rank", rank, 0, num_replicas - 1)
-    return num_replicas, rank

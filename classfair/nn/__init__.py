@@ -1,6 +1,16 @@
 """What belongs to the model: classifiers, and features beside logits from one forward pass."""
 
+from classfair.etf import ETFLinear
 from classfair.nn.features import WithFeatures, replace_head, with_features
 from classfair.nn.heads import CosineLinear, EstimatedOffsetLinear
+from classfair.scaled import ScaledLinear
 
-__all__ = ["CosineLinear", "EstimatedOffsetLinear", "WithFeatures", "replace_head", "with_features"]
+__all__ = [
+    "CosineLinear",
+    "ETFLinear",
+    "EstimatedOffsetLinear",
+    "ScaledLinear",
+    "WithFeatures",
+    "replace_head",
+    "with_features",
+]

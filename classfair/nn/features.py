@@ -118,7 +118,7 @@ def replace_head(model: nn.Module, make: Callable[[Any], nn.Module], head: nn.Mo
 
     Args:
         model: see :func:`with_features`; not a bare classifier.
-        make: receives the present classifier and returns the new one, on any device.
+        make: receives the present classifier and returns the new one, on any device, or a container that ends with it.
         head: see :func:`with_features`.
 
     Returns:
@@ -138,7 +138,7 @@ def replace_head(model: nn.Module, make: Callable[[Any], nn.Module], head: nn.Mo
         raise ValueError(f"{function}: expected a model that contains its head, got a bare {type(model).__name__}")
     old = model.get_submodule(name)
     new, dim = make(old), _weight_shape(old)[1]
-    if not _is_head(new) or _weight_shape(new)[1] != dim:
+    if (found := _find_head(new)) is None or _weight_shape(found)[1] != dim:
         raise ValueError(f"{function}: expected make to return a head for {dim} features, got {_description(new)}")
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, new.to(cast(Tensor, old.weight)))

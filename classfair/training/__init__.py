@@ -9,17 +9,20 @@ import torch
 
 from classfair.training import interruption
 from classfair.training.batches import ResourceError
+from classfair.training.class_folders import check_output
 from classfair.training.config import TrainConfig, defaults
 from classfair.training.distributed import SINGLE, Processes, joined
-from classfair.training.engine import DeviceUnavailableError, resolve_device, run_all
+from classfair.training.engine import DeviceUnavailableError, resolve_device
 from classfair.training.group_measures import GROUP_COLUMNS
-from classfair.training.image_folder import BadImageError, check_output
+from classfair.training.image_folder import BadImageError
+from classfair.training.jobs import run_all
 from classfair.training.models import MissingPackageError
 from classfair.training.report import resolved_config, write_report
 from classfair.training.run_folder import CONFIG, RunFolder, json_ready
 from classfair.training.saved import check_resumable, saved_config
 from classfair.training.schema import CheckpointError
-from classfair.training.tables import print_results
+from classfair.training.sweep import sweep
+from classfair.training.tables import print_results, print_sweep
 from classfair.training.totals import COLUMNS, Epoch, RunResult, summarise
 
 __all__ = [
@@ -42,9 +45,11 @@ __all__ = [
     "joined",
     "json_ready",
     "print_results",
+    "print_sweep",
     "resolve_device",
     "saved_config",
     "summarise",
+    "sweep",
     "train",
 ]
 

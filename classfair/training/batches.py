@@ -38,6 +38,7 @@ class Data:
     class_names: list[str]
     groups: Groups | None = None
     images: ImageList | None = None  # of a folder
+    train_plain: Dataset[Any] | None = None  # training images prepared as those of validation, where that differs
     meta: Dataset[Any] | None = None  # on which omega is learnt
     num_meta: int = 0
 
@@ -56,7 +57,7 @@ class TensorBatches(Dataset[Any]):
 class Draw(IntEnum):
     """What random numbers are drawn for."""
 
-    ORDER, IMAGE, MIX, DROPOUT, HEAD, GROUP, META = range(7)
+    ORDER, IMAGE, MIX, DROPOUT, HEAD, GROUP, META, STAGE, BIASED, TRIAL = range(10)
 
 
 def derived_seed(purpose: Draw, *parts: int) -> int:
@@ -73,17 +74,22 @@ class TrainingOrder(Sampler[Request]):
     together computes on their number. A part without an image gets one that counts for nothing (see :meth:`counts`),
     because every process must take part in every collective. Batch norm cannot do with one image, so that parts have
     two at least; a last step of a single image joins the one before.
+
+    ``order`` takes the place of the order of ``config.sampler``.
     """
 
-    def __init__(self, targets: Tensor, config: TrainConfig, seed: int, epoch: int, processes: Processes) -> None:
+    def __init__(
+        self,
+        targets: Tensor,
+        config: TrainConfig,
+        seed: int,
+        epoch: int,
+        processes: Processes,
+        order: Tensor | None = None,
+    ) -> None:
         self.epoch = epoch
-        if config.sampler == "class-balanced":
-            sampler = ClassBalancedSampler(targets, seed=seed, num_replicas=1, rank=0)
-            sampler.set_epoch(epoch)
-            order = torch.tensor(list(sampler))
-        else:
-            generator = torch.Generator().manual_seed(derived_seed(Draw.ORDER, seed, epoch))
-            order = torch.randperm(len(targets), generator=generator)
+        if order is None:
+            order = _order(targets, config, seed, epoch)
         steps = list(order.split(config.grad_accum * processes.world * config.batch_size))
         least = min(2, config.batch_size)
         if len(steps) > 1 and len(steps[-1]) < least:
@@ -109,6 +115,16 @@ class TrainingOrder(Sampler[Request]):
 
     def __len__(self) -> int:
         return sum(map(len, self._requests))
+
+
+def _order(targets: Tensor, config: TrainConfig, seed: int, epoch: int) -> Tensor:
+    """Indices of the training images of an epoch."""
+    if config.sampler == "class-balanced":
+        sampler = ClassBalancedSampler(targets, seed=seed, num_replicas=1, rank=0)
+        sampler.set_epoch(epoch)
+        return torch.tensor(list(sampler))
+    generator = torch.Generator().manual_seed(derived_seed(Draw.ORDER, seed, epoch))
+    return torch.randperm(len(targets), generator=generator)
 
 
 def ignored(target: Any) -> Any:

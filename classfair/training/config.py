@@ -2,41 +2,34 @@
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
-from classfair.training.digits import HEAD_COUNT
-
-LOSSES = ("ce", "la", "ldam", "cb", "focal", "isda", "nisda", "distance", "metalad", "estimated-offset")
-FEATURE_LOSSES = ("isda", "nisda", "distance", "metalad", "estimated-offset")
-OPTIMIZERS = ("sgd", "adamw")
-META_SETS = ("heldout", "train")
-META_METHODS = ("jvp", "double_backward", "finite_difference", "last_layer")
-LR_SCHEDULES = ("cosine", "step", "constant")
-SAMPLERS = ("shuffle", "class-balanced")
-AUGMENTS = ("none", "ra", "ta_wide", "augmix", "imagenet")
-AMP_DTYPES = ("bfloat16", "float16")
-BAD_IMAGES = ("error", "skip")
-MISSING_GROUPS = ("error", "blank")
-OFFSETS = ("estimated", "zero")
-PROBES = ("zero", "one", "mean", "random")
-FAIRNESS = ("none", "dp-l2", "dp-mi", "eo-l2", "eo-mi", "iou")
-DIGITS = ("digits", "digits-groups")
-IMAGE_FOLDER = "imagefolder:"
+from classfair.training.config_rules import FEATURE_LOSSES as FEATURE_LOSSES
+from classfair.training.config_rules import rules
+from classfair.training.data_option import (
+    DIGITS,
+    FORMS,
+    HEAD_COUNTS,
+    IMAGES,
+    default_kinds,
+    kind_of,
+    place_of,
+    with_absolute_place,
+)
+from classfair.training.group_rules import DEFAULT_WEIGHT
+from classfair.training.method_rules import HEADS, METHODS, STAGES2, total_epochs
 
 #: What may differ when a job goes on: where things are, and how a step is computed (with batch norm, by which parts).
-PLACES = ("data", "val_dir", "groups", "weights", "effective_frequency")
+PLACES = ("data", "val_dir", "val_list", "image_root", "groups", "weights", "effective_frequency")
 CHANGEABLE = (*PLACES, "batch_size", "grad_accum", "val_batch_size", "workers", "device", "compile", "save_every")
 
 
-def _option(default: Any, text: str, *, images: Any = None, groups: Any = None, **cli: Any) -> Any:
+def _option(default: Any, text: str, **cli: Any) -> Any:
     """A field with its help text for the command line, and its defaults for other data sets where they differ."""
-    metadata = {"help": text, "cli": cli, "default": default}
-    metadata |= {"images": default if images is None else images, "groups": default if groups is None else groups}
-    return field(default=default, metadata=metadata)
+    others: dict[str, Any] = {name: cli.pop(name) for name in ("images", "groups", "mnist", "colour") if name in cli}
+    return field(default=default, metadata={"help": text, "cli": cli, "default": default, **others})
 
 
 @dataclass(frozen=True)
@@ -47,13 +40,26 @@ class TrainConfig:
         "digits",
         "Data set: digits, the 8x8 pixel handwritten digits that come with scikit-learn, made "
         "long-tailed, with half of them as the balanced test set; digits-groups, the same digits sharp or coarse, "
-        "which in training depends on the digit (the default with --fairness); or imagefolder:DIR, with one folder of "
-        "images per class in DIR, or in DIR/train and DIR/val.",
+        "which in training depends on the digit (the default with --fairness); mnist-lt, MNIST made long-tailed, and "
+        "mnist-colour, MNIST in ten colours that training ties to the digits, from torchvision's files in DIR or by "
+        "its download; imagefolder:DIR, with one folder of images per class in DIR, or in DIR/train and DIR/val; "
+        "list:FILE, lines of an image's path and label; or csv:FILE.csv, a table of paths, labels and groups.",
         groups="digits-groups",
-        metavar="{digits,digits-groups,imagefolder:DIR}",
+        metavar="{" + ",".join(FORMS) + "}",
     )
     val_dir: str = _option("", "Folder of validation images, one folder per class of the same names.", metavar="DIR")
-    split: float = _option(0.0, "Share of every class's images to hold out for validation, instead of --val-dir.")
+    val_list: str = _option("", "List of validation images for --data list:FILE, of the same form.", metavar="FILE")
+    image_root: str = _option("", "Folder at which the paths of list:FILE and csv:FILE.csv start.", metavar="DIR")
+    label_column: str = _option("", "csv: column whose values are the classes.", metavar="NAME")
+    split_column: str = _option(
+        "",
+        "csv: column that says train (or 0) for training images and val (or 1) for those of validation; images with "
+        "another value are left out.",
+        metavar="NAME",
+    )
+    split: float = _option(
+        0.0, "Share of every class's images to hold out for validation, instead of --val-dir or --val-list."
+    )
     groups: str = _option(
         "",
         "Table of attributes of the images: a CSV file with a header. Its column file, or image, or else the first one "
@@ -61,7 +67,9 @@ class TrainConfig:
         metavar="FILE.csv",
     )
     group_column: str = _option(
-        "", "Column of --groups whose values are the groups; blank: of none, in no statistic.", metavar="NAME"
+        "",
+        "Column of --groups, or of csv:FILE.csv, whose values are the groups; blank: of none, in no statistic.",
+        metavar="NAME",
     )
     missing_groups: str = _option(
         "error",
@@ -70,7 +78,7 @@ class TrainConfig:
     )
     model: str = _option(
         "mlp",
-        "mlp for digits; for image folders a model of torchvision or else timm by name, or timm:NAME.",
+        "mlp for digits and MNIST; for image files a model of torchvision or else timm by name, or timm:NAME.",
         images="resnet50",
         metavar="NAME",
     )
@@ -88,6 +96,7 @@ class TrainConfig:
         "whose offset follows from weights and class centres and is kept uniform.",
         images=("ce",),
         groups=("ce",),
+        colour=("ce",),
         metavar="{ce,la,ldam,cb,focal,isda,nisda,distance,metalad,estimated-offset} ...",
     )
     tau: float = _option(1.0, "Strength of logit adjustment, no unit; 0 is plain cross-entropy. Only la uses it.")
@@ -150,7 +159,34 @@ class TrainConfig:
         metavar="{none,dp-l2,dp-mi,eo-l2,eo-mi,iou}",
     )
     fairness_weight: float = _option(
-        10.0, "Weight of the penalty, at least 0; the papers' range is 0.1 to 1000. Only --fairness uses it."
+        DEFAULT_WEIGHT, "Weight of the penalty, at least 0; the papers' range is 0.1 to 1000. Only --fairness uses it."
+    )
+    head: str = _option(
+        "plain",
+        "Classifier: the model's own one, or etf, fixed vectors at equal angles behind batch norm.",
+        metavar="{" + ",".join(HEADS) + "}",
+    )
+    method: str = _option(
+        "none",
+        "How images are weighted: lff, learning from failure, trains a second, biased model and weights what that one "
+        "fails on; jtt, just train twice, repeats what a first model gets wrong.",
+        metavar="{" + ",".join(METHODS) + "}",
+    )
+    jtt_epochs: int = _option(20, "Epochs of the first model. Only jtt uses it.", images=10, mnist=1)
+    jtt_weight: int = _option(20, "How often an image that it gets wrong is added. Only jtt uses it.")
+    stage2: str = _option(
+        "none",
+        "What follows after --epochs, with features fixed: crt draws the classifier anew and trains it on class-"
+        "balanced batches, lws trains a scale of every class on such, tau-norm divides rows by their norms to the "
+        "power of tau.",
+        metavar="{" + ",".join(STAGES2) + "}",
+    )
+    stage2_epochs: int = _option(10, "Epochs of crt and lws.")
+    stage2_tau: float = _option(0.7, "Power of tau-norm, from 0 (nothing changes) on; choose it on validation.")
+    fairness_sweep: tuple[float, ...] = _option(
+        (),
+        "Weights of the penalty to train with, one job for each and one for 0, and to compare.",
+        metavar="WEIGHT ...",
     )
     label_smoothing: float = _option(0.0, "Share of the target spread over all classes.", aliases=("--smoothing",))
     drw_start: int = _option(0, "Epoch from which classes are re-weighted as in cb; 0: never.")
@@ -162,8 +198,10 @@ class TrainConfig:
         metavar="RUN",
     )
     sampler: str = _option("shuffle", "Order of training images.", metavar="{shuffle,class-balanced}")
-    epochs: int = _option(150, "Passes over the training images.", images=90, groups=60, aliases=("-e",))
-    batch_size: int = _option(64, "Images per process and forward pass.", images=32, groups=256, aliases=("-b",))
+    epochs: int = _option(150, "Passes over the training images.", images=90, groups=60, mnist=20, aliases=("-e",))
+    batch_size: int = _option(
+        64, "Images per process and forward pass.", images=32, groups=256, mnist=128, aliases=("-b",)
+    )
     grad_accum: int = _option(1, "Forward passes per optimiser step.", aliases=("--grad-accum-steps",))
     val_batch_size: int = _option(1024, "Images per process and forward pass of evaluation.", images=64)
     opt: str = _option("sgd", "Optimiser.", metavar="{sgd,adamw}", aliases=("--optimizer",))
@@ -208,12 +246,16 @@ class TrainConfig:
     seeds: int = _option(3, "Number of seeds, counted up from --seed; every loss is trained once with each.", images=1)
     imbalance: float = _option(
         40.0,
-        "digits: images of the most frequent class per image of the rarest, from 1 (balanced) to "
-        f"{HEAD_COUNT}. The most frequent class has {HEAD_COUNT} training images.",
+        "digits and MNIST: images of the most frequent class per image of the rarest, from 1 (balanced) to "
+        f"{HEAD_COUNTS['digits']} and {HEAD_COUNTS['mnist-lt']}, training images of the most frequent class.",
         groups=1.0,
+        mnist=100.0,
+        colour=1.0,
     )
-    many_shot: int = _option(25, "A class with more training images than this counts as many-shot.", images=100)
-    few_shot: int = _option(5, "A class with fewer training images than this counts as few-shot.", images=20)
+    many_shot: int = _option(
+        25, "A class with more training images than this counts as many-shot.", images=100, mnist=1000
+    )
+    few_shot: int = _option(5, "A class with fewer training images than this counts as few-shot.", images=20, mnist=200)
     save_every: int = _option(50, "Epochs between checkpoints; the last epoch always has one.", images=1)
     device: str = _option("cpu", "Where to compute: auto, cpu, cuda or cuda:N.", images="auto", metavar="DEVICE")
 
@@ -223,177 +265,69 @@ class TrainConfig:
         return cls(**{**defaults(data), "data": data, **changes})
 
     @property
-    def image_folder(self) -> Path | None:
-        return Path(self.data.removeprefix(IMAGE_FOLDER)) if self.data.startswith(IMAGE_FOLDER) else None
+    def kind(self) -> str:
+        """Of data: the part before the colon."""
+        return kind_of(self.data)
+
+    @property
+    def place(self) -> str:
+        """Of data: the part after the colon."""
+        return place_of(self.data)
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether the data are image files."""
+        return self.kind in IMAGES
+
+    @property
+    def needs_torchvision(self) -> bool:
+        return self.kind not in DIGITS
+
+    @property
+    def total_epochs(self) -> int:
+        return total_epochs(self)
+
+    @property
+    def runs(self) -> int:
+        """How many there are, of all seeds, losses and weights of a sweep, one of which is 0."""
+        return self.seeds * len(self.loss) * (len(self.fairness_sweep) + 1)
+
+    @property
+    def group_table(self) -> str:
+        """The file with the groups of image files, if there is one."""
+        return self.place if self.kind == "csv" and self.group_column else self.groups
 
     @property
     def has_groups(self) -> bool:
-        return bool(self.groups) or self.data == "digits-groups"
+        return bool(self.group_table) or self.kind in ("digits-groups", "mnist-colour")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "loss", tuple(dict.fromkeys(self.loss)))
         object.__setattr__(self, "model_kwargs", tuple(self.model_kwargs))
+        object.__setattr__(self, "fairness_sweep", tuple(map(float, dict.fromkeys(self.fairness_sweep))))
         object.__setattr__(self, "scale", tuple(self.scale))
         self._make_paths_absolute()  # so that a job can be resumed from elsewhere
         object.__setattr__(self, "omega", tuple(self.omega))
-        for name, (holds, expected) in {**self._choices(), **self._ranges(), **self._combinations()}.items():
+        for name, (holds, expected) in rules(self).items():
             if not holds:
                 value = getattr(self, name)
                 shown = " ".join(map(str, value)) or "none" if isinstance(value, tuple) else value
                 raise ValueError(f"expected {name} {expected}, got {shown if shown != '' else 'nothing'}")
 
     def _make_paths_absolute(self) -> None:
-        if self.image_folder is not None and len(self.data) > len(IMAGE_FOLDER):
-            object.__setattr__(self, "data", IMAGE_FOLDER + os.path.abspath(self.image_folder))
-        for name in ("val_dir", "groups", "weights", "effective_frequency"):
+        object.__setattr__(self, "data", with_absolute_place(self.data))
+        for name in PLACES[1:]:
             value = getattr(self, name)
             if value not in ("", "pretrained"):
                 object.__setattr__(self, name, os.path.abspath(value))
-
-    def _choices(self) -> dict[str, tuple[bool, str]]:
-        choices = {
-            "opt": OPTIMIZERS,
-            "lr_scheduler": LR_SCHEDULES,
-            "sampler": SAMPLERS,
-            "auto_augment": AUGMENTS,
-            "amp_dtype": AMP_DTYPES,
-            "bad_images": BAD_IMAGES,
-            "missing_groups": MISSING_GROUPS,
-            "fairness": FAIRNESS,
-            "meta_from": META_SETS,
-            "meta_method": META_METHODS,
-            "offset": OFFSETS,
-            "probe": PROBES,
-        }
-        rules = {name: (getattr(self, name) in known, f"to be {_either(known)}") for name, known in choices.items()}
-        losses = len(self.loss) > 0 and set(self.loss) <= set(LOSSES)
-        rules["loss"] = (losses, f"to be one or several of {', '.join(LOSSES)}")
-        rules["data"] = (
-            self.data in DIGITS or (len(self.data) > len(IMAGE_FOLDER) and self.image_folder is not None),
-            f"to be {', '.join(DIGITS)} or imagefolder:DIR",
-        )
-        return rules
-
-    def _ranges(self) -> dict[str, tuple[bool, str]]:
-        rules: dict[str, tuple[bool, str]] = {}
-        for name in (
-            "epochs",
-            "batch_size",
-            "grad_accum",
-            "val_batch_size",
-            "seeds",
-            "img_size",
-            "lr_step_size",
-            "save_every",
-        ):
-            rules[name] = (getattr(self, name) >= 1, "of at least 1")
-        at_least_0 = ("tau", "gamma", "weight_decay", "clip_grad", "mixup", "cutmix", "max_margin", "strength")
-        for name in (*at_least_0, "fairness_weight", "meta_lr", "center_weight", "uniform_weight", "zero_uniformity"):
-            rules[name] = (_within(getattr(self, name), 0), "of at least 0")
-        for name in ("drw_start", "loss_warmup", "lr_warmup_epochs", "workers", "meta_per_class", "meta_start"):
-            rules[name] = (getattr(self, name) >= 0, "of at least 0")
-        for name in ("lr", "cosine_scale", "lr_gamma"):
-            rules[name] = (_within(getattr(self, name), 0) and getattr(self, name) > 0, "greater than 0")
-        for name in ("label_smoothing", "hflip", "random_erase"):
-            rules[name] = (0 <= getattr(self, name) <= 1, "from 0 to 1")
-        for name in ("momentum", "beta", "split"):
-            rules[name] = (0 <= getattr(self, name) < 1, "from 0 up to but excluding 1")
-        return rules | {
-            "seed": (0 <= self.seed < 2**32 - max(self.seeds, 1), "from 0 up to 2**32 - seeds"),
-            "omega": (all(map(math.isfinite, self.omega)), "as three finite numbers"),
-            "scale": (0 < self.scale[0] <= self.scale[1] <= 1, "as two ascending shares of 1"),
-            "imbalance": (
-                1 <= self.imbalance <= HEAD_COUNT,
-                f"from 1 to {HEAD_COUNT} (above, the rarest class gets no image)",
-            ),
-            "few_shot": (0 <= self.few_shot <= self.many_shot, f"from 0 to many_shot ({self.many_shot})"),
-        }
-
-    def _combinations(self) -> dict[str, tuple[bool, str]]:
-        images = self.image_folder is not None
-        rules = {"model": (images != (self.model == "mlp"), "to be mlp for digits, and another one for image folders")}
-        if not images:
-            for name in (
-                "val_dir",
-                "split",
-                "weights",
-                "mixup",
-                "cutmix",
-                "workers",
-                "random_erase",
-                "model_kwargs",
-            ):
-                rules[name] = (not getattr(self, name), "to be left out with digits")
-            for name, value in {"auto_augment": "none", "bad_images": "error"}.items():
-                rules[name] = (getattr(self, name) == value, "to be left out with digits")
-            rules["groups"] = (not self.groups, "with --data imagefolder:DIR")
-        rules |= self._groups() | self._meta()
-        if self.effective_frequency:
-            used = bool({"la", "cb"} & set(self.loss))
-            rules["effective_frequency"] = (used, "with a loss that uses it (la, cb)")
-        if self.offset == "zero":
-            rules["offset"] = ("estimated-offset" in self.loss, "with the loss that uses it (estimated-offset)")
-        if self.probe in PROBES[1:]:
-            rules["probe"] = (self.zero_uniformity != 0, "with zero_uniformity above 0")
-        if self.val_dir:
-            rules["split"] = (self.split == 0, "to be left out with val_dir")
-        if self.loss_warmup:
-            ramped = set(self.loss) <= {"la", "ldam", "cb"}
-            rules["loss_warmup"] = (ramped, "with losses that have something to ramp (la, ldam, cb)")
-        if self.drw_start:
-            rules["drw_start"] = (self.drw_start < self.epochs, f"below epochs ({self.epochs})")
-            if "cb" in self.loss:
-                rules["drw_start"] = (False, "without cb, which has class weights of its own")
-        if self.lr_warmup_epochs:
-            rules["lr_warmup_epochs"] = (self.lr_warmup_epochs < self.epochs, f"below epochs ({self.epochs})")
-        return rules
-
-    def _groups(self) -> dict[str, tuple[bool, str]]:
-        rules: dict[str, tuple[bool, str]] = {}
-        if self.groups or self.group_column:
-            rules["group_column"] = (bool(self.groups and self.group_column), "together with groups, a CSV file")
-        if not self.groups and self.missing_groups == "blank":
-            rules["missing_groups"] = (False, "to be left out without groups, a CSV file")
-        if self.fairness in FAIRNESS[1:]:
-            rules["fairness"] = (self.has_groups, "with groups: data digits-groups, or groups and group_column")
-        elif self.fairness_weight >= 0:
-            unused = self.fairness_weight == TrainConfig.fairness_weight
-            rules["fairness_weight"] = (unused, "to be left out without fairness")
-        if self.has_groups:
-            for name in ("mixup", "cutmix"):  # a mixed image is of two groups
-                rules[name] = (not getattr(self, name), "to be left out with groups")
-        return rules
-
-    def _meta(self) -> dict[str, tuple[bool, str]]:
-        if not self.meta_per_class:
-            unused = ("meta_lr", "meta_start", "meta_from", "meta_method")
-            changed = [name for name in unused if getattr(self, name) != getattr(TrainConfig, name)]
-            return dict.fromkeys(changed, (False, "to be left out without meta_per_class"))
-        rules: dict[str, tuple[bool, str]] = {}
-        if self.meta_per_class > 0 and "metalad" not in self.loss:
-            rules["meta_per_class"] = (False, "with loss metalad")
-        if self.meta_start >= self.epochs:
-            rules["meta_start"] = (False, f"below epochs ({self.epochs})")
-        for name, value in {"fairness": "none", "grad_accum": 1}.items():
-            if getattr(self, name) != value:
-                rules[name] = (False, "to be left out with meta_per_class")
-        if self.data == "digits-groups":
-            rules["data"] = (False, "without groups with meta_per_class")
-        return rules
 
     def as_dict(self) -> dict[str, Any]:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
 
 def defaults(data: str) -> dict[str, Any]:
-    """Default of every option for a data set: those of the embedded digits, with groups or not, or of image folders."""
-    kind = "images" if data.startswith(IMAGE_FOLDER) else "groups" if data == "digits-groups" else "default"
-    return {f.name: f.metadata[kind] for f in fields(TrainConfig)}
-
-
-def _within(value: float, low: float) -> bool:
-    return math.isfinite(value) and value >= low
-
-
-def _either(known: tuple[str, ...]) -> str:
-    return f"{', '.join(known[:-1])} or {known[-1]}"
+    """Default of every option for a data set: digits, with groups or not, MNIST, or image files."""
+    return {
+        f.name: next(f.metadata[kind] for kind in default_kinds(data) if kind in f.metadata)
+        for f in fields(TrainConfig)
+    }

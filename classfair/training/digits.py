@@ -9,11 +9,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from classfair.training.data_option import HEAD_COUNTS
+
 NUM_CLASSES = 10
 GROUP_NAMES = ["coarse", "sharp"]
 COARSE_SHARE = 0.9  # of the training images of one half of the digits; of the other half 1 - 0.9
 BLOCK = 4  # pixels in a row or column of the 8 that a coarse image has one value for
-HEAD_COUNT = 80  # training images of the largest class; half of the digits has at least 87 of each
+HEAD_COUNT = HEAD_COUNTS["digits"]  # half of the digits has at least 87 of each
 
 
 @dataclass(frozen=True)
@@ -31,19 +33,19 @@ class Split:
         return replace(self, **{name: x.to(device) for name, x in vars(self).items()})
 
 
-def long_tailed_counts(imbalance: float) -> NDArray[np.int64]:
+def long_tailed_counts(imbalance: float, head_count: int = HEAD_COUNT) -> NDArray[np.int64]:
     """Training images per class from head to tail: an exponential profile, rounded down.
 
     >>> long_tailed_counts(40).tolist()
     [80, 53, 35, 23, 15, 10, 6, 4, 3, 2]
     """
-    if not 1 <= imbalance <= HEAD_COUNT:
+    if not 1 <= imbalance <= head_count:
         raise ValueError(
-            f"expected imbalance from 1 to {HEAD_COUNT}, so that the smallest class keeps an image, got {imbalance:g}"
+            f"expected imbalance from 1 to {head_count}, so that the smallest class keeps an image, got {imbalance:g}"
         )
     rank = np.arange(NUM_CLASSES) / (NUM_CLASSES - 1)
-    # The last entry is HEAD_COUNT / imbalance up to rounding: 1.9999999 must stay 2.
-    return np.floor(HEAD_COUNT * imbalance**-rank + 1e-6).astype(np.int64)
+    # The last entry is head_count / imbalance up to rounding: 1.9999999 must stay 2.
+    return np.floor(head_count * imbalance**-rank + 1e-6).astype(np.int64)
 
 
 def digits_long_tailed(seed: int, imbalance: float, held_out: int = 0) -> Split:

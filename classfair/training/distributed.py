@@ -8,10 +8,14 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import classfair
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,20 @@ class Processes:
         if self.world > 1:
             dist.all_reduce(value)
         return value
+
+
+def parallel(model: nn.Module, config: Any, device: torch.device, processes: Processes) -> nn.Module:
+    """What the training step calls: the model, its gradients averaged over all processes."""
+    net = model
+    if processes.world > 1 and config.sync_bn:
+        if device.type != "cuda":
+            raise ValueError(f"expected sync_bn on GPUs only, got device {device}")
+        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)  # in place, because no model is a batch norm itself
+    if config.zero_uniformity:  # each process has its own probe
+        net = classfair.ZeroUniformity(net, config.probe)
+    if processes.world > 1:
+        net = DistributedDataParallel(net, device_ids=[device] if device.type == "cuda" else None)
+    return torch.compile(net) if config.compile else net  # type: ignore[return-value]
 
 
 def local_device(device: torch.device) -> torch.device:

@@ -1,17 +1,16 @@
-"""One training run, and the runs of all seeds and losses."""
+"""One training run."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset, Sampler
 
 import classfair
@@ -28,10 +27,9 @@ from classfair.training.batches import (
     derived_seed,
     ignored,
     loader,
-    resource_errors,
 )
 from classfair.training.config import FEATURE_LOSSES, TrainConfig
-from classfair.training.distributed import Processes, local_device
+from classfair.training.distributed import Processes, local_device, parallel
 from classfair.training.group_measures import NEED_JOINT, penalty
 from classfair.training.group_table import NO_GROUP, check_same_groups, group_state
 from classfair.training.image_folder import BadImageError
@@ -44,9 +42,8 @@ from classfair.training.objective import (
     build_schedules,
     read_effective_counts,
 )
-from classfair.training.run_folder import CHECKPOINT_VERSION, RunFolder
-from classfair.training.saved import check_same_images, check_state, newest_checkpoint
-from classfair.training.sources import load_data
+from classfair.training.run_folder import CHECKPOINT_VERSION
+from classfair.training.saved import check_state
 from classfair.training.totals import Epoch, RunResult, Totals
 
 #: Images, their target and their groups if they have any.
@@ -106,36 +103,31 @@ class Run:
         # One more for images without a group, where there are any.
         self.num_groups = 0 if data.groups is None else len(self.group_names) + data.groups.incomplete
         self.epoch = 0  # epochs done
+        self.stage_start = 0  # epochs done when the present stage, its optimizer and schedule, began
         self.train_loss: list[float] = []
         self.train: Totals | None = None
         self.val: Totals | None = None
-        self.net = self._parallel()
+        self.net = parallel(self.model, config, device, processes)
         self.meta: MetaLearning | None = None
         if loss == "metalad" and data.meta is not None:
             parts = (self.model, self.criterion, self.optimizer, self.scaler)
             self.meta = MetaLearning(*parts, data, config, seed, processes)
 
-    def _parallel(self) -> nn.Module:
-        """What the training step calls: the model, its gradients averaged over all processes."""
-        net = self.model
-        if self.processes.world > 1 and self.config.sync_bn:
-            if self.device.type != "cuda":
-                raise ValueError(f"expected sync_bn on GPUs only, got device {self.device}")
-            net = self.model = nn.SyncBatchNorm.convert_sync_batchnorm(net)
-        if self.config.zero_uniformity:  # each process has its own probe
-            net = classfair.ZeroUniformity(net, self.config.probe)
-        if self.processes.world > 1:
-            net = DistributedDataParallel(net, device_ids=[self.device] if self.device.type == "cuda" else None)
-        return torch.compile(net) if self.config.compile else net  # type: ignore[return-value]
+    def _train_mode(self) -> None:
+        self.model.train()
+        self.criterion.train()
+
+    def _order(self) -> TrainingOrder:
+        """The training images of this epoch."""
+        return TrainingOrder(self.data.train_targets, self.config, self.seed, self.epoch, self.processes)
 
     def train_epoch(self) -> Totals:
         """Statistics of one pass over the training images, taken from the pass itself."""
-        self.model.train()
-        self.criterion.train()
+        self._train_mode()
         # Dropout differs between processes; the generator of workers is fixed because images seed themselves.
         torch.manual_seed(derived_seed(Draw.DROPOUT, self.seed, self.epoch, self.processes.rank))
         totals = self._totals(joint=False)
-        order = TrainingOrder(self.data.train_targets, self.config, self.seed, self.epoch, self.processes)
+        order = self._order()
         groups = None if self.data.groups is None else self.data.groups.train
         batches = self._batches(self.data.train, order, groups)
         meta = None if self.meta is None else self._batches(*self.meta.begin(self.epoch, order.steps), None)
@@ -326,7 +318,7 @@ class Run:
             raise ValueError("expected a checkpoint with the classes of the data, got other classes")
         check_same_groups(self.data.groups, state)
         tables = {"train": self._totals(joint=False), "val": self._totals(joint=True)}
-        check_state(state, self.config, self._parts(), tables)
+        check_state(state, self.config, self._parts(), tables, self.stage_start)
         try:
             for name, part in self._parts().items():
                 part.load_state_dict(state[name])
@@ -337,71 +329,3 @@ class Run:
             ) from None
         self.epoch, self.train_loss = state["epoch"], list(state["train_loss"])
         self.train, self.val = Totals.from_state(state["train"]), Totals.from_state(state["val"])
-
-
-def run_all(
-    config: TrainConfig,
-    folder: RunFolder | None,
-    on_epoch: Callable[[Epoch], None],
-    device: torch.device,
-    processes: Processes,
-    resume: Path | None = None,
-) -> list[RunResult]:
-    """Train every loss with every seed. Only the main process has a folder; all read ``resume``."""
-    results = []
-    with _own_random_state(device), resource_errors():
-        for seed in range(config.seed, config.seed + config.seeds):
-            data = load_data(config, seed)
-            if folder is not None and data.images is not None:
-                folder.keep_images(data.images)
-            for loss in config.loss:
-                # One run at a time: models of two would take twice the memory.
-                results.append(fit(prepare(loss, seed, data, config, device, processes, resume), folder, on_epoch))
-    return results
-
-
-def prepare(
-    loss: str,
-    seed: int,
-    data: Data,
-    config: TrainConfig,
-    device: torch.device,
-    processes: Processes,
-    resume: Path | None,
-) -> Run:
-    """A new run, or one that stands where its newest checkpoint does."""
-    state = None if resume is None else newest_checkpoint(resume, loss, seed)
-    if resume is None or state is None:
-        return Run(loss, seed, data, config, device, processes)
-    check_same_images(data.images, state, resume)
-    # What the checkpoint replaces need not be there any more.
-    run = Run(loss, seed, data, replace(config, weights="", effective_frequency=""), device, processes)
-    run.config = config
-    run.load_state_dict(state)
-    return run
-
-
-def fit(run: Run, folder: RunFolder | None, on_epoch: Callable[[Epoch], None]) -> RunResult:
-    """Train until the last epoch, with a checkpoint every ``save_every`` epochs and at the end."""
-    name = f"{run.loss}-seed{run.seed}"
-    if folder is not None:
-        classes, finished = len(run.data.class_names), run.epoch == run.config.epochs
-        folder.begin(name, run.epoch, classes, run.group_names, finished=finished)
-    while run.epoch < run.config.epochs:
-        now = run.next_epoch()
-        last = run.epoch == run.config.epochs
-        if folder is not None:
-            folder.log(name, now)
-            if last or run.epoch % run.config.save_every == 0:
-                if run.meta is not None:
-                    run.meta.write(folder, name, run.epoch)
-                folder.write_checkpoint(name, run.state_dict(), last=last)
-        on_epoch(now)
-    return run.result()
-
-
-@contextlib.contextmanager
-def _own_random_state(device: torch.device) -> Iterator[None]:
-    """Leave the caller's random state as it was."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield

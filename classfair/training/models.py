@@ -10,22 +10,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from classfair.nn import CosineLinear, EstimatedOffsetLinear, replace_head
+from classfair.nn import CosineLinear, EstimatedOffsetLinear, ETFLinear, replace_head
 from classfair.training.batches import Draw, derived_seed
 from classfair.training.config import TrainConfig
 from classfair.training.weights import fit_weights, load_weights
 
-WIDTHS = (64, 64, 32)
+#: Inputs and hidden layers of the multi-layer perceptron, by data set.
+WIDTHS = {"mnist-lt": (784, 100, 100, 100), "mnist-colour": (3 * 784, 100, 100, 100)}
+DIGITS_WIDTHS = (64, 64, 32)
 
 
 class MissingPackageError(RuntimeError):
-    """A model's package is not installed, or its weights cannot be had."""
+    """A model's package is not installed, or weights or data cannot be had."""
 
 
 def build_model(config: TrainConfig, num_classes: int, seed: int, loss: str = "ce") -> nn.Module:
     """The model with ``num_classes`` logits, initialised from the seed, with the head that the loss is made for."""
     if config.model == "mlp":
-        model: nn.Module = mlp((*WIDTHS, num_classes), torch.Generator().manual_seed(seed))
+        model: nn.Module = mlp(
+            (*WIDTHS.get(config.kind, DIGITS_WIDTHS), num_classes), torch.Generator().manual_seed(seed)
+        )
     else:
         torch.manual_seed(seed)
         arguments, pretrained = _arguments(config), config.weights == "pretrained"
@@ -42,9 +46,15 @@ def build_model(config: TrainConfig, num_classes: int, seed: int, loss: str = "c
         replace_head(model, lambda head: CosineLinear(head.in_features, num_classes, config.cosine_scale))
     if loss == "estimated-offset":
         replace_head(model, lambda head: _estimated_offset(head, config))
+    if config.head == "etf":
+        replace_head(model, lambda head: _etf(head.in_features, num_classes, derived_seed(Draw.HEAD, seed)))
     if config.weights and config.weights != "pretrained":
         load_weights(model, Path(config.weights))
     return model
+
+
+def _etf(features: int, num_classes: int, seed: int) -> nn.Module:
+    return nn.Sequential(nn.BatchNorm1d(features), ETFLinear(features, num_classes, seed % 2**63))
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ import torch
 import classfair
 from classfair._names import cell
 from classfair.training.config import TrainConfig
+from classfair.training.data_option import DIGITS
 from classfair.training.run_folder import RunFolder
 from classfair.training.totals import COLUMNS, RunResult, group_columns, summarise
 
@@ -133,8 +134,9 @@ def accuracy_chart(results: list[RunResult], config: TrainConfig) -> bytes:
     _mark_groups(axes, counts, config)
     several = f"lines: mean, dots: {config.seeds} seeds" if few_classes else f"mean of {config.seeds} seeds"
     seeds = several if config.seeds > 1 else "1 seed"
-    digits = f"Digits, {config.imbalance:g}:1 long-tailed" if config.imbalance > 1 else "Digits"
-    what = config.model if config.image_folder else digits
+    digits = "Digits" if config.kind in DIGITS else "MNIST"
+    tail = f", {config.imbalance:g}:1 long-tailed" if config.imbalance > 1 else ""
+    what = config.model if config.reads_images else digits + tail
     axes.set_title(f"{what}: accuracy per class ({seeds})")
     axes.set_ylabel("validation accuracy of the class (%)")
     if few_classes:

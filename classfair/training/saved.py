@@ -68,7 +68,8 @@ def check_resumable(config: TrainConfig, saved: dict[str, Any], world: int) -> N
     _check_same_options(config, saved, "the run folder")
     old_step = saved["processes"] * saved["batch_size"] * saved["grad_accum"]
     new_step = world * config.batch_size * config.grad_accum
-    if config.fairness != "none" and config.grad_accum != saved["grad_accum"]:
+    of_a_pass = config.fairness != "none" or config.method == "lff"
+    if of_a_pass and config.grad_accum != saved["grad_accum"]:
         raise CheckpointError(
             f"expected grad_accum {saved['grad_accum']}: a penalty is of the images of a pass, got {config.grad_accum}"
         )
@@ -121,7 +122,9 @@ def _read_checkpoint(file: Path) -> dict[str, Any] | None:
     return state if isinstance(state, dict) else None
 
 
-def check_state(state: dict[str, Any], config: TrainConfig, like: dict[str, Any], totals: dict[str, Totals]) -> None:
+def check_state(
+    state: dict[str, Any], config: TrainConfig, like: dict[str, Any], totals: dict[str, Totals], stage_start: int = 0
+) -> None:
     """CheckpointError unless a checkpoint has the types, shapes and numbers that a run would write there.
 
     Args:
@@ -129,6 +132,7 @@ def check_state(state: dict[str, Any], config: TrainConfig, like: dict[str, Any]
         config: the options of the job.
         like: model, optimizer and the like of the run, which have a ``state_dict``.
         totals: of training and validation images, as the run makes them.
+        stage_start: epochs done when the optimizer and its schedule began.
     """
     where = "the checkpoint"
     parts = {name: schema_of(part.state_dict()) for name, part in like.items()}
@@ -148,10 +152,10 @@ def check_state(state: dict[str, Any], config: TrainConfig, like: dict[str, Any]
         where,
     )
     _check_same_options(config, _options(_known(state["config"]), where), where)
-    epoch, epochs = state["epoch"], config.epochs
+    epoch, epochs = state["epoch"], config.total_epochs
     if not 1 <= epoch <= epochs:
         raise CheckpointError(f"expected epoch from 1 to {epochs} in {where}, got {epoch}")
-    done = state["lr_schedule"]["last_epoch"]
+    done = state["lr_schedule"]["last_epoch"] + stage_start
     if len(state["train_loss"]) != epoch or done != epoch:
         raise CheckpointError(
             f"expected {epoch} epochs in all of {where}, got {len(state['train_loss'])} losses and a schedule at {done}"

@@ -48,7 +48,7 @@ HEADINGS = {
 def print_results(results: list[RunResult], config: TrainConfig, path: Path, *, as_json: bool) -> None:
     """The closing tables, or the summary as JSON, to stdout."""
     summary = summarise(results, config)
-    part = "Validation" if config.image_folder else "Test"
+    part = "Validation" if config.reads_images else "Test"
     if line := _left_out(results[0], part):
         print(line, file=sys.stderr if as_json else sys.stdout)
     if as_json:
@@ -71,6 +71,29 @@ def print_results(results: list[RunResult], config: TrainConfig, path: Path, *, 
     console.print(table)
     if results[0].groups:
         console.print(_group_table(results, summary, config, f"{part} images by group in %, {spread}"))
+    console.print(f"Run folder: {printable(path)}", soft_wrap=True, highlight=False, markup=False)
+
+
+def print_sweep(result: dict[str, Any], config: TrainConfig, path: Path, *, as_json: bool) -> None:
+    """The trade-off of a sweep, on test images, or all of it as JSON, to stdout."""
+    if as_json:
+        print(json.dumps(json_ready(result), indent=2, allow_nan=False))
+        return
+    table = Table(
+        title=f"Weights of {config.fairness} on test images in %, mean of {config.seeds} seeds",
+        caption="Test images: every second one. *: chosen on the others: least sd of IoU at little cost.",
+        box=SIMPLE_HEAD,
+    )
+    for column in ("loss", "weight", "all", config.fairness, "sd of IoU", "worst group", "calibration"):
+        table.add_column(column, justify="left" if column == "loss" else "right", no_wrap=True)
+    for loss, points in result["points"].items():
+        for point in points:
+            mark = "*" if point["weight"] == result["chosen"][loss] else ""
+            test = point["test"]
+            shown = [f"{100 * test[name]:.1f}" for name in ("all", "iou_sd", "worst_group", "calibration_error")]
+            table.add_row(loss, f"{mark}{point['weight']:g}", shown[0], f"{test['penalty']:.3g}", *shown[1:])
+    console = Console()
+    console.print(table)
     console.print(f"Run folder: {printable(path)}", soft_wrap=True, highlight=False, markup=False)
 
 

@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from classfair import __version__, training
-from classfair.cli import _first_section, main
-from classfair.training import TrainConfig, engine
+from classfair._usage import first_section
+from classfair.cli import main
+from classfair.training import TrainConfig, jobs
 
 TINY = ["train", "--epochs", "2", "--seeds", "2", "--no-progress"]
 EXTRAS = ("tyro", "rich", "sklearn", "matplotlib")
@@ -204,11 +205,11 @@ def test_bad_usage_is_one_line(flags, message, tmp_path, capsys):
     ],
 )
 def test_the_message_of_the_parser_alone(box):
-    assert _first_section(box) == "Missing value for '--lr'. (see classfair train --help)"
+    assert first_section(box) == "Missing value for '--lr'. (see classfair train --help)"
 
 
 def test_folder_with_files_is_refused_before_training(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(engine, "fit", None)  # training would fail
+    monkeypatch.setattr(jobs, "fit", None)  # training would fail
     (tmp_path / "precious.txt").write_text("mine")
     assert run("--output", tmp_path) == 2
     assert "expected a new or empty output folder" in one_line(capsys)
@@ -217,7 +218,7 @@ def test_folder_with_files_is_refused_before_training(tmp_path, capsys, monkeypa
 
 @pytest.mark.parametrize("name", ["file", "file/run", "file/deeper/run", "x" * 300, "new/" + "x" * 300])
 def test_unwritable_folder_is_refused_before_training(name, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(engine, "fit", None)
+    monkeypatch.setattr(jobs, "fit", None)
     (tmp_path / "file").write_text("mine")
     assert run("--output", tmp_path / name) == 2
     assert "expected a writable output folder" in one_line(capsys)
@@ -225,7 +226,7 @@ def test_unwritable_folder_is_refused_before_training(name, tmp_path, capsys, mo
 
 
 def stop_at_run(number, error, monkeypatch):
-    fit, calls = engine.fit, []
+    fit, calls = jobs.fit, []
 
     def stopping(*args):
         calls.append(args)
@@ -233,7 +234,7 @@ def stop_at_run(number, error, monkeypatch):
             raise error
         return fit(*args)
 
-    monkeypatch.setattr(engine, "fit", stopping)
+    monkeypatch.setattr(jobs, "fit", stopping)
 
 
 def test_interruption_keeps_finished_runs(tmp_path, capsys, monkeypatch):

@@ -17,7 +17,7 @@ pytest.importorskip("torchvision", reason="image folders need torchvision")
 timm = pytest.importorskip("timm", reason="timm's models need timm")
 
 from classfair.training import TrainConfig, engine, saved_config  # noqa: E402
-from classfair.training.image_folder import _val_transform, load_image_folder  # noqa: E402
+from classfair.training.image_folder import _val_transform, load_images  # noqa: E402
 from classfair.training.objective import read_effective_counts  # noqa: E402
 from classfair.training.report import METRICS_VERSION  # noqa: E402
 
@@ -134,7 +134,7 @@ def test_augmentation_depends_on_neither_workers_nor_batches(folder, tmp_path):
     assert same(a, b)
     assert not same(a, c)  # batch norm sees other batches; but the images are the same:
     config = TrainConfig.for_data(f"imagefolder:{folder}", img_size=32, auto_augment="ta_wide")
-    data = load_image_folder(config, folder, seed=0)
+    data = load_images(config, seed=0)
     images, target = data.train[3, [5, 60, 7]]
     again, _ = data.train[3, [60]]
     assert torch.equal(images[1:2], again)
@@ -143,7 +143,7 @@ def test_augmentation_depends_on_neither_workers_nor_batches(folder, tmp_path):
 
 
 def test_loading_images_leaves_the_random_state_alone(folder):
-    data = load_image_folder(TrainConfig.for_data(f"imagefolder:{folder}", img_size=32, mixup=0.2), folder, seed=0)
+    data = load_images(TrainConfig.for_data(f"imagefolder:{folder}", img_size=32, mixup=0.2), seed=0)
     before = torch.get_rng_state()
     data.train[0, [1, 2, 3]]
     assert torch.equal(torch.get_rng_state(), before)
@@ -151,8 +151,8 @@ def test_loading_images_leaves_the_random_state_alone(folder):
 
 def test_split_holds_out_a_share_of_every_class(folder):
     config = TrainConfig.for_data(f"imagefolder:{folder / 'train'}", split=0.34)
-    data = load_image_folder(config, folder / "train", seed=1)
-    other = load_image_folder(config, folder / "train", seed=2)
+    data = load_images(config, seed=1)
+    other = load_images(config, seed=2)
     assert len(data.train_targets) + data.num_val == sum(COUNTS.values())
     assert not {path for path, _ in data.train.samples} & {path for path, _ in data.val.samples}
     assert [path for path, _ in data.val.samples] != [path for path, _ in other.val.samples]
@@ -466,11 +466,11 @@ def test_an_image_that_moved_from_validation_to_training_is_named(stopped, copy,
 
 def test_another_split_of_the_same_images_is_noticed(stopped, copy, capsys, monkeypatch):
     """As of another version of scikit-learn."""
-    from classfair.training import image_folder
+    from classfair.training import class_folders
 
-    split = image_folder._split
+    split = class_folders.split_samples
     run = stopped("--split", 0.34, data=copy / "train")
-    monkeypatch.setattr(image_folder, "_split", lambda samples, share, seed: split(samples, share, seed + 1))
+    monkeypatch.setattr(class_folders, "split_samples", lambda samples, share, seed: split(samples, share, seed + 1))
     assert main(["train", "--no-progress", "--resume", str(run)]) == 2
     assert "got the same ones on other sides" in capsys.readouterr().err
 
@@ -546,6 +546,33 @@ def test_a_full_disk_keeps_the_last_checkpoint(folder, tmp_path, capsys, monkeyp
     assert saved_config(tmp_path / "run")["epochs"] == 8
 
 
+METHODS = (
+    ("--method", "jtt", "--jtt-epochs", 1, "--loss", "ce"),
+    ("--head", "etf", "--loss", "la", "metalad"),
+    ("--stage2", "crt", "--stage2-epochs", 1, "--mixup", 0.2, "--loss", "isda"),
+    ("--stage2", "lws", "--stage2-epochs", 1, "--model", "resnet18", "--amp"),
+    ("--stage2", "tau-norm", "--model", "timm:test_vit", "--model-kwargs", "img_size=32"),
+    ("--method", "lff", "--loss", "ce", "--grad-accum", 2, "--clip-grad", 1, "--amp", "--amp-dtype", "float16"),
+)
+
+
+@pytest.mark.parametrize("flags", [METHODS[0], *(pytest.param(flags, marks=pytest.mark.slow) for flags in METHODS[1:])])
+def test_methods_on_models_of_images(flags, folder, tmp_path):
+    assert train(folder, tmp_path / "run", "--epochs", 1, "-b", 16, *flags) == 0
+    assert main(["train", "--no-progress", "--resume", str(tmp_path / "run")]) == 0
+
+
+def test_errors_of_a_first_model_are_of_images_without_augmentation(folder):
+    config = TrainConfig.for_data(f"imagefolder:{folder}", img_size=32, auto_augment="ra", random_erase=1.0)
+    data = load_images(config, seed=0)
+    images, target = data.train_plain[5, [3, 40]]
+    again, _ = data.train_plain[6, [3, 40]]
+    assert torch.equal(images, again)
+    assert not torch.equal(images, data.train[5, [3, 40]][0])
+    assert target.tolist() == data.train_targets[[3, 40]].tolist()
+    assert data.train_plain.samples == data.train.samples
+
+
 META = ("--loss", "ce", "metalad", "--meta-per-class", 2)
 
 
@@ -553,8 +580,8 @@ def test_meta_images_are_held_out_of_training(folder, tmp_path, capsys):
     config = TrainConfig.for_data(
         f"imagefolder:{folder}", model="timm:test_resnet", loss=("metalad",), meta_per_class=2, img_size=32
     )
-    data = load_image_folder(config, folder, seed=0)
-    whole = load_image_folder(TrainConfig.for_data(f"imagefolder:{folder}"), folder, seed=0)
+    data = load_images(config, seed=0)
+    whole = load_images(TrainConfig.for_data(f"imagefolder:{folder}"), seed=0)
     meta, kept, every = (set(d.samples) for d in (data.meta, data.train, whole.train))
     assert not meta & kept
     assert meta | kept == every

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from classfair.cli import main
-from classfair.training import Processes, TrainConfig, engine
+from classfair.training import Processes, TrainConfig, engine, jobs
 from classfair.training.batches import Data, TensorBatches
-from classfair.training.engine import Run, fit
+from classfair.training.engine import Run
+from classfair.training.jobs import fit
 from classfair.training.meta_learning import MetaOrder, meta_indices
 from classfair.training.sources import load_data
 from tests.support.processes import run_processes
@@ -185,7 +186,7 @@ def test_updates_that_are_refused_are_reported(tmp_path, capsys, monkeypatch):
         images[2:] = torch.inf  # the first two are tried before training
         return replace(data, meta=TensorBatches(images, data.meta.target))
 
-    monkeypatch.setattr(engine, "load_data", with_bad_meta_images)
+    monkeypatch.setattr(jobs, "load_data", with_bad_meta_images)
     assert main([*JOB, "--output", str(tmp_path / "run")]) == 0
     steps = 4  # 231 images in batches of 64
     error = capsys.readouterr().err

@@ -98,7 +98,7 @@ def test_evaluation_has_the_running_averages_of_the_checkpoint(tmp_path):
     timm = pytest.importorskip("timm", reason="the small model is timm's")
     from PIL import Image
 
-    from classfair.training.image_folder import load_image_folder
+    from classfair.training.image_folder import load_images
 
     g = torch.Generator().manual_seed(0)
     for part in ("train", "val"):
@@ -113,7 +113,7 @@ def test_evaluation_has_the_running_averages_of_the_checkpoint(tmp_path):
     model = timm.create_model("test_resnet", num_classes=2).eval()
     model.load_state_dict(state["model"])
     config = TrainConfig.for_data(f"imagefolder:{tmp_path}", img_size=32)
-    images, target = load_image_folder(config, tmp_path, seed=0).val[0, list(range(24))]
+    images, target = load_images(config, seed=0).val[0, list(range(24))]
     loss = torch.nn.functional.cross_entropy(model(images), target)
     assert float(state["val"]["loss"][0] / state["val"]["loss"][1]) == pytest.approx(loss.item(), rel=1e-4)
 
@@ -149,3 +149,40 @@ def test_a_step_has_the_same_images_however_it_is_dealt_out(images, sampler):
     assert all(len(step) > 1 for step in expected) or images == 1  # batch norm needs two
     for world, batch_size, grad_accum in ((2, 6, 1), (3, 4, 1), (1, 4, 3), (2, 2, 3), (4, 3, 1), (6, 2, 1)):
         assert steps(world, batch_size, grad_accum) == expected
+
+
+METHODS = {
+    "jtt": ("--method", "jtt", "--jtt-epochs", 1, "--loss", "ce"),
+    "lff": ("--method", "lff", "--loss", "ce"),
+    "crt": ("--stage2", "crt", "--stage2-epochs", 1, "--loss", "ce"),
+    "lws": ("--stage2", "lws", "--stage2-epochs", 1, "--loss", "ce"),
+    "tau-norm": ("--stage2", "tau-norm", "--loss", "ce"),
+}
+
+
+@pytest.mark.parametrize("name", ["lff", *(pytest.param(n, marks=pytest.mark.slow) for n in METHODS if n != "lff")])
+def test_methods_of_two_processes_train_as_one(name, tmp_path):
+    job = ["train", "--no-progress", "--epochs", "2", "--seeds", "1", *map(str, METHODS[name])]
+    assert main([*job, "-b", "60", "--output", str(tmp_path / "alone")]) == 0
+    process = torchrun(2, *job, "-b", 30, "--output", tmp_path / "run")
+    assert process.returncode == 0, process.stderr
+    (mine, my_rows), (one, one_rows) = read(tmp_path / "run", "ce"), read(tmp_path / "alone", "ce")
+    assert mine["epoch"] == one["epoch"]
+    torch.testing.assert_close(mine["model"], one["model"], rtol=2e-4, atol=2e-5)
+    for mine_row, one_row in zip(my_rows, one_rows, strict=True):
+        assert mine_row["train_count"] == one_row["train_count"]
+    for part in ("difficulty", "errors"):
+        if part in one:
+            torch.testing.assert_close(mine[part], one[part], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_sweep_of_two_processes(tmp_path):
+    job = ["train", "--no-progress", "--epochs", "2", "--seeds", "1", "--fairness", "dp-l2", "--fairness-sweep", "50"]
+    assert main([*job, "-b", "60", "--output", str(tmp_path / "alone")]) == 0
+    process = torchrun(2, *job, "-b", 30, "--output", tmp_path / "run")
+    assert process.returncode == 0, process.stderr
+    mine, one = (json.loads((tmp_path / name / "sweep.json").read_text()) for name in ("run", "alone"))
+    for point, other in zip(mine["points"]["ce"], one["points"]["ce"], strict=True):
+        assert point["test"] == pytest.approx(other["test"], rel=0.02, abs=0.01)
+    assert torchrun(2, "train", "--no-progress", "--resume", tmp_path / "run").returncode == 0

@@ -18,7 +18,8 @@ from classfair.training import (
     train,
 )
 from classfair.training.digits import digits_long_tailed, long_tailed_counts
-from classfair.training.engine import Run, fit
+from classfair.training.engine import Run
+from classfair.training.jobs import fit
 from classfair.training.models import mlp
 from classfair.training.report import accuracy_chart
 from classfair.training.sources import load_data
@@ -166,8 +167,8 @@ def test_model_has_the_initial_distribution_of_linear():
             "expected loss to be one or several of ce, la, ldam, cb, focal, isda, nisda, distance, metalad, "
             "estimated-offset, got ce mse",
         ),
-        ({"data": "mnist"}, "expected data to be digits, digits-groups or imagefolder:DIR, got mnist"),
-        ({"data": "imagefolder:"}, "expected data to be digits, digits-groups or imagefolder:DIR, got imagefolder:"),
+        ({"data": "mnist"}, "expected data to be digits, .* or csv:FILE.csv, got mnist"),
+        ({"data": "imagefolder:"}, "expected data to be digits, .* or csv:FILE.csv, got imagefolder:"),
         ({"opt": "lion"}, "expected opt to be sgd or adamw, got lion"),
         ({"beta": 1.0}, "expected beta from 0 up to but excluding 1, got 1.0"),
         ({"scale": (0.5, 0.1)}, "expected scale as two ascending shares of 1, got 0.5 0.1"),
@@ -182,7 +183,10 @@ def test_model_has_the_initial_distribution_of_linear():
         ),
         ({"fairness_weight": 3.0}, "expected fairness_weight to be left out without fairness, got 3.0"),
         ({"fairness_weight": -1.0}, "expected fairness_weight of at least 0, got -1.0"),
-        ({"groups": "/g.csv", "group_column": "a"}, "expected groups with --data imagefolder:DIR, got /g.csv"),
+        (
+            {"groups": "/g.csv", "group_column": "a"},
+            "expected groups with --data imagefolder:DIR or list:FILE, got /g.csv",
+        ),
         ({"group_column": "a"}, "expected group_column together with groups, a CSV file, got a"),
         (
             {"data": "imagefolder:x", "model": "resnet50", "groups": "/g.csv"},
