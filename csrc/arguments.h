@@ -138,11 +138,11 @@ struct SoftmaxLossBackwardArguments : SoftmaxLossArguments {
 
 // Results of the forward pass, allocated and not filled; what was not asked for has size 0.
 struct SoftmaxLossOutputs {
-  Tensor loss, lse, lse_raw;  // (R,)
-  Tensor prediction;          // (R,)
-  Tensor mass, hit;           // (G, C)
-  Tensor joint;               // (cells, C)
-  Tensor counts;              // (3 G C + 2,): count, correct and predicted, (G, C) each; invalid and nonfinite
+  Tensor loss, lse, lse_raw;     // (R,)
+  Tensor prediction;             // (R,)
+  Tensor mass, hit;              // (G, C)
+  Tensor joint;                  // (cells, C)
+  Tensor counts;                 // (3 G C + 2,): count, correct and predicted, (G, C) each; invalid and nonfinite
   Tensor total_weight, reduced;  // (); reduced is the sum of the losses, or their mean
 
   explicit SoftmaxLossOutputs(const SoftmaxLossArguments& a)
@@ -271,9 +271,9 @@ Inputs<T> make_inputs(const SoftmaxLossArguments& a) {
 template <class T>
 struct Upstream {
   using A = acc_t<T>;
-  const A* grad_loss;                          // (rows,) or () or null: zero
-  int64_t grad_loss_stride;                    // 0 where one number serves all rows
-  const A* total_weight;                       // () that this number is divided by, or null
+  const A* grad_loss;        // (rows,) or () or null: zero
+  int64_t grad_loss_stride;  // 0 where one number serves all rows
+  const A* total_weight;     // () that this number is divided by, or null
   bool smoothed;
   const double* grad_lse;                      // (rows,) or null
   const A *grad_mass, *grad_hit, *grad_joint;  // (G, C), (G, C), (cells, C) or null
