@@ -83,13 +83,30 @@ def check(call: Call) -> str:
     named += [(f"gradient {i}", *v) for i, v in enumerate(both) if v[0] is not None or v[2] is not None]
     double = _is_double(call)
     terms = max([v.shape[0] for v in leaves(call[1]) if isinstance(v, Tensor) and v.dim()] + [1])
+    size = max(map(_largest, leaves(call[1])))
     for values in named:
-        _compare(*values, double=double, terms=4 * terms)  # a gradient comes from up to four results
+        # A gradient comes from up to four results. A probability exp(z - lse) is as exact as its exponent.
+        _compare(*values, double=double, terms=4 * terms, size=size)
     return ""
 
 
+def _largest(value: Any) -> float:
+    """The largest finite size of a number in a tensor of floats; 1 where there is none."""
+    if not (isinstance(value, Tensor) and _strided_float(value)):
+        return 1.0
+    finite = value.detach()[value.detach().isfinite()].abs()
+    return finite.amax().item() if finite.numel() else 1.0
+
+
 def _compare(
-    name: str, value: Tensor | None, exact: Tensor | None, likewise: Tensor | None, *, double: bool, terms: int
+    name: str,
+    value: Tensor | None,
+    exact: Tensor | None,
+    likewise: Tensor | None,
+    *,
+    double: bool,
+    terms: int,
+    size: float,
 ) -> None:
     """Native's value with reference's in float64 and in its own dtype."""
     assert value is not None, f"{name}: native has none"
@@ -101,8 +118,7 @@ def _compare(
     if exact is None or not torch.equal(likewise.isfinite(), exact.isfinite()):
         exact = likewise.double()  # it overflows in its own dtype, not in float64
     acc = torch.float64 if value.dtype == torch.float64 and double else torch.float32
-    finite = exact[exact.isfinite()].abs()
-    size = finite.amax().item() if finite.numel() else 1.0
+    size = max(size, _largest(exact))
     # The gradient of a float64 vector of float32 logits is as exact as those.
     assert_as_accurate(name, value.to(acc), exact, likewise.to(acc), acc=acc, terms=terms, lse=size)
 
