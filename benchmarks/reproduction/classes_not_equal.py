@@ -37,7 +37,7 @@ def lemma_1(runs: Runs) -> float:
     x, y = runs("digits").train_images
     x, weight = x.double(), torch.zeros(10, 64, dtype=torch.float64, requires_grad=True)
     bias = torch.zeros(10, dtype=torch.float64, requires_grad=True)
-    stop = {"max_iter": 2000, "tolerance_grad": 1e-12, "tolerance_change": 0.0}
+    stop: Any = {"max_iter": 2000, "tolerance_grad": 1e-12, "tolerance_change": 0.0}
     optimizer = torch.optim.LBFGS([weight, bias], line_search_fn="strong_wolfe", **stop)
 
     def closure() -> Any:
@@ -269,7 +269,7 @@ NOT_TRIED = Part(
         untried("pretraining", "table 2", "MAE and GPaCo", "no data and no pretraining here"),
         untried("policies", "table 3", "AutoAugment, CutMix and Cutout", "made for colour photographs"),
         untried("real-labels", "section 4.2", "Multi-label accuracy on ImageNet-ReaL", "no data"),
-        untried("per-class-gain", "fig. 7", "Gain of each class between runs", "not ready"),
+        untried("per-class-gain", "fig. 7", "Gain of each class between runs", "not written"),
     ],
 )
 

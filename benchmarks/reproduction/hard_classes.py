@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import classfair
-from benchmarks.reproduction.runs import Runs
+from benchmarks.reproduction.runs import Runs, head_of
 from classfair.metrics import difficulty_accuracy
 from classfair.training.mnist import MEAN, SD, read_mnist
 from classfair.training.models import mlp
@@ -134,6 +134,13 @@ def mnist_part(runs: Runs) -> MnistPart:
     return runs.once("mnist part", lambda: MnistPart(runs))
 
 
+def _variances(features: Tensor, y: Tensor, classes: int) -> Tensor:
+    """(C, D) of each class."""
+    variances = classfair.class_moments(features, y, classes, covariance="diag").cov
+    assert variances is not None
+    return variances
+
+
 class Gaussians:
     """Twenty equally frequent classes in twenty dimensions, with deviations from 0.5 to 2, and a trained model."""
 
@@ -154,8 +161,8 @@ class Gaussians:
             features = model[:-1](x)
             self.accuracy = (stats.correct.sum(0) / stats.count.sum(0)).double()
             self.false_mass = classfair.prediction_bias(stats).negative
-            self.variance = classfair.class_moments(features, y, classes, covariance="diag").cov.norm(dim=1)
-            rows = F.normalize(model[-1].weight, dim=1)
+            self.variance = _variances(features, y, classes).norm(dim=1)
+            rows = F.normalize(head_of(model).weight, dim=1)
             self.cosine = (rows @ rows.T).mean(1)
 
 

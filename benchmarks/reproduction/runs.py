@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,7 +27,7 @@ T = TypeVar("T")
 
 def _printed_sign(run: Run) -> None:
     """In place of the distance term: the first one with the sign that eq. 30 prints."""
-    width = run.model.head.weight.shape[1]  # type: ignore
+    width = head_of(run.model).weight.shape[1]
     run.criterion = classfair.MetaLADLoss(run.counts, width, terms=("proportion",), paper_sign=True, reduction="sum")
 
 
@@ -40,11 +41,15 @@ def _perturbed_outer(run: Run) -> None:
 CHANGES: dict[str, Callable[[Run], None]] = {"printed-sign": _printed_sign, "perturbed": _perturbed_outer}
 
 
+EARLY = 10  # epochs
+
+
 class Trained:
     """A finished run and what is measured on it."""
 
-    def __init__(self, run: Run, responses: list[float]) -> None:
+    def __init__(self, run: Run, responses: list[float], early: nn.Module | None = None) -> None:
         self.run = run
+        self.early = early  # the model after EARLY epochs
         self.responses = responses  # after each epoch, to an input of zeros
         self.result = run.result()
         self.columns = self.result.columns(run.config)
@@ -58,12 +63,11 @@ class Trained:
 
     @property
     def head(self) -> Any:
-        return self.run.model.head if isinstance(self.run.model, WithFeatures) else self.run.model[-1]  # type: ignore
+        return head_of(self.run.model)
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        model: Any = self.run.model.eval()
-        return model(images)[0] if isinstance(model, WithFeatures) else model[:-1](images)
+        return _features(self.run.model, images)
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
@@ -86,8 +90,12 @@ class Trained:
     @cached_property
     def moments(self) -> classfair.ClassMoments:
         """Of the features of the training images."""
+        return self.moments_of(self.run.model)
+
+    @torch.no_grad()
+    def moments_of(self, model: nn.Module) -> classfair.ClassMoments:
         images, target = self.train_images
-        return classfair.class_moments(self.features(images), target, len(self.counts), covariance="diag")
+        return classfair.class_moments(_features(model, images), target, len(self.counts), covariance="diag")
 
     @property
     def false_positive_area(self) -> float:
@@ -99,6 +107,15 @@ class Trained:
     def calibration_error(self) -> float:
         images, target = self.test_images
         return calibration_error(self.logits(images), target)
+
+
+def head_of(model: Any) -> Any:
+    return model.head if isinstance(model, WithFeatures) else model[-1]
+
+
+def _features(model: Any, images: Tensor) -> Tensor:
+    model.eval()
+    return model(images)[0] if isinstance(model, WithFeatures) else model[:-1](images)
 
 
 def _all_of(dataset: Any, number: int) -> tuple[Tensor, Tensor]:
@@ -131,17 +148,20 @@ class Runs:
             if change:
                 CHANGES[change](run)
             responses: list[float] = []
+            early: list[nn.Module] = []
             nothing = torch.zeros(1, _inputs(run.model))
 
             @torch.no_grad()
             def listen(_: Any) -> None:
+                if run.epoch == EARLY:
+                    early.append(deepcopy(run.model))
                 output = run.model(nothing)
                 responses.append(
                     float(classfair.zero_uniformity_loss(output[-1] if isinstance(output, tuple) else output))
                 )
 
             fit(run, None, listen)
-        return Trained(run, responses)
+        return Trained(run, responses, *early)
 
 
 def _inputs(model: nn.Module) -> int:
@@ -151,4 +171,4 @@ def _inputs(model: nn.Module) -> int:
 def spearman(a: Any, b: Any) -> float:
     """Rank correlation; ranks of equal values are in their order."""
     ranks = [np.asarray(torch.as_tensor(x).detach().double()).argsort(kind="stable").argsort() for x in (a, b)]
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])

@@ -61,7 +61,8 @@ def measure_all(
         say: called with progress.
     """
     done = _begin(cache, head)
-    known, spent = {(line["part"], line["seed"]) for line in done}, defaultdict(float)
+    known = {(line["part"], line["seed"]) for line in done}
+    spent: dict[str, float] = defaultdict(float)
     for line in done:
         spent[line["part"]] += line["seconds"]
     able = [part for part in parts if mnist is not None or not part.needs_mnist]

@@ -39,18 +39,32 @@ def fit_linear(criterion: Any, x: torch.Tensor, y: torch.Tensor, steps: int = 30
 def gap(runs: Runs, loss: str, deviation: float = 2.0) -> float:
     """Error of the class of larger deviation less that of the other, exact for the trained classifier."""
     task = TwoGaussians(sd_pos=deviation, sd_neg=1.0)
-    make = {
+    make: dict[str, Any] = {
         "ce": classfair.CrossEntropyLoss,
         "isda": lambda: classfair.ISDALoss(2, 2, strength=0.5),
         "nisda": lambda: classfair.MetaLADLoss([SAMPLES] * 2, 2, terms=("variance",), omega=(1.0, 0.25, 1.0)),
-    }[loss]
+    }
 
     def train() -> float:
         x = torch.cat(task.sample(SAMPLES, runs.seed, torch.float32))
-        wide, narrow = task.errors(*fit_linear(make(), x, torch.arange(2).repeat_interleave(SAMPLES)))
+        wide, narrow = task.errors(*fit_linear(make[loss](), x, torch.arange(2).repeat_interleave(SAMPLES)))
         return float(wide - narrow)
 
     return runs.once(("gap", loss, deviation), train)
+
+
+def gap_of_la(runs: Runs, deviation: float) -> float:
+    """Absolute difference of both errors under logit adjustment, with half as many samples of the wide class."""
+    task, counts = TwoGaussians(sd_pos=deviation, sd_neg=1.0, v=2.0), [SAMPLES // 2, SAMPLES]
+
+    def train() -> float:
+        pos, neg = task.sample(SAMPLES, runs.seed, torch.float32)
+        y = torch.arange(2).repeat_interleave(torch.tensor(counts))
+        trained = fit_linear(classfair.LogitAdjustedLoss(counts), torch.cat([pos[: counts[0]], neg]), y)
+        wide, narrow = task.errors(*trained)
+        return abs(float(wide - narrow))
+
+    return runs.once(("gap of la", deviation), train)
 
 
 def drawn(runs: Runs) -> tuple[float, float, float]:
@@ -82,6 +96,18 @@ def errors_at(a: float, k: float, v: float) -> float:
 def equal_at_k(runs: Runs) -> float:
     a, k, _ = drawn(runs)
     return abs(errors_at(a, k, k))
+
+
+def narrowing(runs: Runs) -> float:
+    """How much smaller the absolute gap is half way from V = 1 to V = K than at V = 1."""
+    a, k, _ = drawn(runs)
+    return abs(errors_at(a, k, 1.0)) - abs(errors_at(a, k, (1 + k) / 2))
+
+
+def widening(runs: Runs) -> float:
+    """How much larger it is at V = 2K than at V = 1.5K."""
+    a, k, _ = drawn(runs)
+    return abs(errors_at(a, k, 2 * k)) - abs(errors_at(a, k, 1.5 * k))
 
 
 def weighted_gap(runs: Runs) -> float:
@@ -174,6 +200,16 @@ THEORY = Part(
             ZERO,
             1e-4,
             digits=5,
+        ),
+        Claim(
+            "cor1-falls", "corollary 1", "For fixed K the gap falls up to V = K: gap at 1 − gap at (1 + K)/2", narrowing
+        ),
+        Claim("cor1-rises", "corollary 1", "Then it rises: gap at 2K − gap at 1.5K", widening),
+        Claim(
+            "la-variance",
+            "section III",
+            "LA does not even out classes of different variance, V = 2: its gap with ratio 3 − its gap with ratio 1",
+            lambda r: gap_of_la(r, 3.0) - gap_of_la(r, 1.0),
         ),
         Claim(
             "cor1-remark",
