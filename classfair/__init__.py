@@ -6,10 +6,6 @@ from types import ModuleType as _ModuleType
 from classfair import backends as _backends
 from classfair import data as data
 from classfair import nn as nn
-from classfair.bilevel import MetaLADStep
-from classfair.difficulty import RelativeDifficulty
-from classfair.equidistance import equidistance_loss
-from classfair.etf import dot_regression_loss
 from classfair.fairness import (
     binary_logits,
     demographic_parity_loss,
@@ -30,10 +26,13 @@ from classfair.losses import (
     MetaLADLoss,
     ZeroUniformity,
     center_loss,
+    equidistance_loss,
+    generalized_cross_entropy,
     uniform_constraint,
     zero_uniformity_loss,
 )
-from classfair.offsets import boundary_distance, empirical_offset
+from classfair.methods import MetaLADStep, RelativeDifficulty
+from classfair.nn.etf import dot_regression_loss
 from classfair.pair import PairTerms, distance_margin, mean_class_distance, pair_variance
 from classfair.priors import (
     effective_counts,
@@ -43,15 +42,16 @@ from classfair.priors import (
     posthoc_logit_adjustment,
     tau_normalize,
 )
-from classfair.robust import generalized_cross_entropy
 from classfair.schedules import DeferredReweighting, ISDARamp, Warmup
 from classfair.statistics import (
     BatchStats,
     ClassMoments,
     ClassStatistics,
     JointRows,
+    boundary_distance,
     class_moments,
     effective_frequency,
+    empirical_offset,
     prediction_bias,
 )
 from classfair.targets import MixedTarget, class_counts, total_weight

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import sys
 import unicodedata
+from collections.abc import Iterator
 
 #: Characters at the start of a cell that make a spreadsheet compute it.
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
@@ -55,6 +57,17 @@ def markup(name: str) -> str:
 
 
 command = "train"  # which one speaks
+
+
+@contextlib.contextmanager
+def speaking_as(name: str) -> Iterator[None]:
+    """Messages begin with this command."""
+    global command
+    kept, command = command, name
+    try:
+        yield
+    finally:
+        command = kept
 
 
 def say(message: object) -> None:

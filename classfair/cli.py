@@ -93,7 +93,6 @@ def entry() -> None:
 
 def train(argv: Sequence[str]) -> int:
     """``classfair train``: parse, check everything that can be checked, train, report."""
-    _names.command = "train"
     if missing := _missing(_TRAIN_EXTRA, find_spec):
         return _needs("train", missing)
     from classfair import training
@@ -127,12 +126,12 @@ def train(argv: Sequence[str]) -> int:
 
 def tune(argv: Sequence[str]) -> int:
     """``classfair tune``."""
-    _names.command = "tune"
     if missing := _missing(_TUNE_EXTRA, find_spec):
         return _needs("tune", missing)
     from classfair.training.tune_command import run
 
-    return run(argv)
+    with _names.speaking_as("tune"):
+        return run(argv)
 
 
 def _train(options: Any, config: TrainConfig, device: Any, processes: Processes) -> int:

@@ -14,8 +14,8 @@ from classfair.losses._buffers import Keywords
 from classfair.losses.base import CrossEntropyLoss
 from classfair.losses.zero_uniformity import divergence_from_uniform
 from classfair.nn import EstimatedOffsetLinear
-from classfair.offsets import empirical_offset
 from classfair.statistics import BatchStats
+from classfair.statistics.offsets import empirical_offset
 from classfair.targets import MixedTarget, flat_mixture, major_label
 
 

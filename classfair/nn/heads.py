@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from classfair import _validate as check
 from classfair._state import KeepsPrecision
-from classfair.offsets import empirical_offset
 from classfair.ops import LabelIndex, label_index
 from classfair.ops.label_index import check_index
 from classfair.statistics._processes import batch_means
+from classfair.statistics.offsets import empirical_offset
 
 
 class CosineLinear(nn.Module):

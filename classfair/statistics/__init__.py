@@ -2,6 +2,7 @@
 
 from classfair.statistics.batch import BatchStats, JointRows
 from classfair.statistics.classes import COVARIANCES, ClassMoments, ClassStatistics, class_moments
+from classfair.statistics.offsets import boundary_distance, empirical_offset
 from classfair.statistics.prediction import NORMALIZE, PredictionBias, effective_frequency, prediction_bias
 
 __all__ = [
@@ -12,7 +13,9 @@ __all__ = [
     "ClassStatistics",
     "JointRows",
     "PredictionBias",
+    "boundary_distance",
     "class_moments",
     "effective_frequency",
+    "empirical_offset",
     "prediction_bias",
 ]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 
 import classfair
-from classfair.difficulty import RelativeDifficulty
+from classfair.methods.difficulty import RelativeDifficulty
 from classfair.training.batches import Draw, Request, TrainingOrder, derived_seed
 from classfair.training.distributed import parallel
 from classfair.training.engine import Batch, Run

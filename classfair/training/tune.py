@@ -110,12 +110,13 @@ def tune(
 def _study(config: TrainConfig, folder: RunFolder, objective: str) -> Iterator[Any]:
     """The study in the folder, or a new one."""
     import optuna
+    from optuna.storages.journal import JournalFileBackend
 
     journal = folder.path / JOURNAL
     new = not journal.exists()
     if new:
         folder.write_json(CONFIG, {**resolved_config(config, folder.path, 1), "objective": objective})
-    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(journal)))
+    storage = optuna.storages.JournalStorage(JournalFileBackend(str(journal)))
     less = OBJECTIVES[objective][1]
     pruner = optuna.pruners.MedianPruner(STARTUP, n_warmup_steps=config.total_epochs // 5)
     study = optuna.create_study(

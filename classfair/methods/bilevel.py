@@ -12,7 +12,18 @@ from torch.nn.parallel import DistributedDataParallel
 from classfair import _validate as check
 from classfair.functional import cross_entropy
 from classfair.losses import MetaLADLoss
-from classfair.mixed_derivative import MIXED, Head, Network, Outputs, Problem, along, gradients, lent, norm, works
+from classfair.methods.mixed_derivative import (
+    MIXED,
+    Head,
+    Network,
+    Outputs,
+    Problem,
+    along,
+    gradients,
+    lent,
+    norm,
+    works,
+)
 from classfair.nn import WithFeatures
 from classfair.targets import MixedTarget, total_weight
 

@@ -32,7 +32,7 @@ def equidistance_loss(mean: Tensor, *, normalize: bool = True) -> Tensor:
 
     Example:
         >>> line = torch.tensor([[0.0], [1.0], [2.0]])  # squared distances 1, 1 and 4, mean 2
-        >>> classfair.equidistance_loss(line).item(), classfair.equidistance_loss(line, normalize=False).item()
+        >>> classfair.losses.equidistance_loss(line).item(), classfair.equidistance_loss(line, normalize=False).item()
         (0.5, 6.0)
     """
     check.check_matrix("equidistance_loss", "mean", mean)

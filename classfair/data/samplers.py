@@ -1,99 +1,16 @@
-"""Batches and their order: mixed targets without dense probabilities, class-balanced sets, and samplers."""
+"""Which images an epoch has, and in what order: class-balanced sets, repeated samples, unequal parts of processes."""
 
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Iterator, Sized
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import Sampler, default_collate
+from torch.utils.data import Sampler
 
 from classfair import _validate as check
-from classfair._replicas import replicas_and_rank
-from classfair.targets import MixedTarget, _label_tensor, _stored_targets
-from classfair.upweighted import UpweightedSampler as UpweightedSampler
-
-
-class MixedTargetCollate:
-    r"""A ``collate_fn`` that applies MixUp or CutMix and keeps the labels: ``(images, MixedTarget)``.
-
-    The loss from two labels and a share is that from dense probabilities, without an ``(N, C)`` tensor to make, move
-    and read; and losses that perturb logits by the label (pair rows, margins) can be mixed.
-
-    Args:
-        mix: ``torchvision.transforms.v2.MixUp`` or ``CutMix`` without ``num_classes``, or ``RandomChoice``,
-            ``RandomApply`` or ``Compose`` with such; or any function of images ``(N, ...)`` and label rows ``(N, N)``
-            that returns both, mixed alike, at most two samples in each.
-        collate: makes ``(images, labels)`` of a list of samples; labels are ``(N,)`` integers, -100 included.
-
-    Returns:
-        Called with a list of samples: the mixed images, and a :class:`MixedTarget` of int64 ``y_a``, ``y_b`` ``(N,)``
-        and float32 ``lam`` ``(N,)``: the share of ``y_a``, which is the larger one. Where nothing is mixed, ``lam`` is
-        1 and ``y_b`` is ``y_a``. With CutMix shares are those of the area, after the box was cut off at the borders.
-
-    Random numbers are those that ``mix`` draws: torch's, seeded by the data loader in each worker.
-
-    Raises:
-        TypeError, ValueError: ``mix`` is no function or has ``num_classes``; the batch is no pair of images and integer
-            labels; a sample is a mixture of more than two.
-
-    Source: Zhang et al. 2018, MixUp; Yun et al. 2019, CutMix.
-
-    Example:
-        >>> def swap(images, rows):  # torchvision.transforms.v2.MixUp(alpha=0.8) draws the share
-        ...     return 0.75 * images + 0.25 * images.roll(1, 0), 0.75 * rows + 0.25 * rows.roll(1, 0)
-        >>> collate = classfair.data.MixedTargetCollate(swap)
-        >>> images, target = collate([(torch.zeros(3, 2, 2), 5), (torch.ones(3, 2, 2), 8)])
-        >>> target
-        MixedTarget(y_a=tensor([5, 8]), y_b=tensor([8, 5]), lam=tensor([0.7500, 0.7500]))
-    """
-
-    def __init__(self, mix: Callable[..., Any], collate: Callable[[Any], Any] = default_collate) -> None:
-        for name, function in (("mix", mix), ("collate", collate)):
-            if not callable(function):
-                raise TypeError(f"MixedTargetCollate: expected {name} as a function, got {type(function).__name__}")
-        _check_no_num_classes(mix)
-        self.mix, self.collate = mix, collate
-
-    def __call__(self, samples: Any) -> tuple[Tensor, MixedTarget]:
-        batch = self.collate(samples)
-        if not isinstance(batch, tuple | list) or len(batch) != 2:
-            got = f"{len(batch)} parts" if isinstance(batch, tuple | list) else type(batch).__name__
-            raise TypeError(f"MixedTargetCollate: expected batches of images and labels, got {got}")
-        images, labels = batch
-        if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dim() != 1:
-            got = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
-            raise TypeError(f"MixedTargetCollate: expected integer labels of shape (N,), got {got}")
-        # As label of sample i, mix gets row i of the identity; what comes back tells which samples it has mixed.
-        images, shares = self.mix(images, torch.eye(len(labels), dtype=torch.float32, device=labels.device))
-        return images, _mixed_target(labels.long(), shares)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.mix})"
-
-
-def _check_no_num_classes(mix: Any) -> None:
-    for part in getattr(mix, "transforms", ()):
-        _check_no_num_classes(part)
-    num_classes = getattr(mix, "num_classes", None)
-    if num_classes is not None:
-        raise ValueError(
-            f"MixedTargetCollate: expected {type(mix).__name__} without num_classes (no dense labels are made),"
-            f" got num_classes={num_classes}; leave it out"
-        )
-
-
-def _mixed_target(labels: Tensor, shares: Tensor) -> MixedTarget:  # (N,), (N, N)
-    parts = shares.count_nonzero(1)
-    if bool((parts > 2).any()):
-        i = int(parts.argmax())
-        raise ValueError(f"MixedTargetCollate: expected mixtures of at most two, got {parts[i]} in sample {i}")
-    if not len(labels):
-        return MixedTarget(labels, labels, shares.new_ones(0))
-    share_a, a = shares.max(1)
-    share_b, b = shares.scatter(1, a.unsqueeze(1), 0.0).max(1)
-    alone = share_b == 0
-    return MixedTarget(labels[a], labels[torch.where(alone, a, b)], torch.where(alone, 1.0, share_a))
+from classfair.targets import _label_tensor, _stored_targets
 
 
 class ClassBalancedSampler(Sampler[int]):
@@ -140,7 +57,7 @@ class ClassBalancedSampler(Sampler[int]):
     ) -> None:
         function = "ClassBalancedSampler"
         labels = _labels(function, dataset_or_targets, num_classes)
-        self._replicas, self._rank = replicas_and_rank(function, num_replicas, rank)
+        self._replicas, self._rank = _replicas_and_rank(function, num_replicas, rank)
         total = len(labels) if num_samples is None else num_samples
         check.check_count(function, "num_samples", total)
         check.check_count(function, "seed", seed, 0)
@@ -245,7 +162,7 @@ class UnpaddedDistributedSampler(Sampler[int]):
         if not isinstance(dataset, Sized):
             raise TypeError(f"{function}: expected dataset with a length, got {type(dataset).__name__}")
         self.dataset = dataset
-        self._replicas, self._rank = replicas_and_rank(function, num_replicas, rank)
+        self._replicas, self._rank = _replicas_and_rank(function, num_replicas, rank)
 
     def _indices(self) -> range:
         return range(self._rank, len(self.dataset), self._replicas)
@@ -269,3 +186,84 @@ def _labels(function: str, source: Any, num_classes: int | None) -> Tensor:  # (
     if labels.numel() == 0:
         raise ValueError(f"{function}: expected at least one sample, got none")
     return labels
+
+
+class UpweightedSampler(Sampler[int]):
+    """Every sample once in an epoch, and some of them more often: the second training of "just train twice".
+
+    All samples are shuffled together. All processes draw the same order, and each takes every ``num_replicas``-th of
+    it; where that does not come out even, the last processes begin again with the first of the order. Call
+    :meth:`set_epoch` before each epoch.
+    Source: Liu et al. 2021, "Just train twice: improving group robustness without training group information", section
+    4; a sample of the error set is seen ``1 + times`` times, as in their code.
+
+    Args:
+        dataset: anything with a length, N.
+        upweighted: ``(N,)`` bool, which samples are repeated.
+        times: >= 0, how often each of them is added.
+        seed: >= 0, of the order, together with the epoch; the same on every process.
+        num_replicas, rank: as for :class:`classfair.data.ClassBalancedSampler`.
+
+    Returns:
+        Iterates over ``len(sampler)`` indices, the same number on every process.
+
+    Raises:
+        TypeError, ValueError: no length, no samples, a mask that is none or of another length, numbers out of range.
+
+    Example:
+        >>> sampler = classfair.data.UpweightedSampler(range(4), torch.tensor([False, True, False, False]), times=2)
+        >>> sorted(sampler)
+        [0, 1, 1, 1, 2, 3]
+    """
+
+    def __init__(
+        self,
+        dataset: Sized,
+        upweighted: Any,
+        times: int,
+        *,
+        seed: int = 0,
+        num_replicas: int | None = None,
+        rank: int | None = None,
+    ) -> None:
+        name = "UpweightedSampler"
+        if not isinstance(dataset, Sized):
+            raise TypeError(f"{name}: expected dataset with a length, got {type(dataset).__name__}")
+        mask = torch.as_tensor(upweighted).cpu()
+        if mask.dtype != torch.bool:
+            raise TypeError(f"{name}: expected upweighted as booleans, one for each sample, got {mask.dtype}")
+        if not len(dataset) or mask.shape != (len(dataset),):
+            raise ValueError(f"{name}: expected upweighted for {len(dataset)} > 0 samples, got {tuple(mask.shape)}")
+        check.check_range(name, "times", check.integer(name, "times", times), 0)
+        check.check_range(name, "seed", seed, 0)
+        self._replicas, self._rank = _replicas_and_rank(name, num_replicas, rank)
+        self._every = torch.cat([torch.arange(len(mask)), mask.nonzero().flatten().repeat(times)])
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Another order in the next iteration: a function of seed and epoch."""
+        self.epoch = epoch
+
+    def order(self) -> Tensor:
+        """The indices of the epoch, of all processes."""
+        state = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1, np.uint64)
+        generator = torch.Generator().manual_seed(int(state[0]))
+        return self._every[torch.randperm(len(self._every), generator=generator)]
+
+    def __len__(self) -> int:
+        return (len(self._every) + self._replicas - 1) // self._replicas
+
+    def __iter__(self) -> Iterator[int]:
+        order = self.order()
+        at = torch.arange(self._rank, len(self) * self._replicas, self._replicas) % len(order)
+        yield from order[at].tolist()
+
+
+def _replicas_and_rank(function: str, num_replicas: int | None, rank: int | None) -> tuple[int, int]:
+    """What is given, else that of the default process group, else 1 and 0."""
+    grouped = dist.is_available() and dist.is_initialized()
+    num_replicas = (dist.get_world_size() if grouped else 1) if num_replicas is None else num_replicas
+    rank = (dist.get_rank() if grouped else 0) if rank is None else rank
+    check.check_range(function, "num_replicas", num_replicas, 1)
+    check.check_range(function, "rank", rank, 0, num_replicas - 1)
+    return num_replicas, rank
