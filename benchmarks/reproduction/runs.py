@@ -90,12 +90,17 @@ class Trained:
     @cached_property
     def moments(self) -> classfair.ClassMoments:
         """Of the features of the training images."""
-        return self.moments_of(self.run.model)
+        return self.moments_of(*self.train_images)
+
+    @cached_property
+    def early_moments(self) -> classfair.ClassMoments:
+        """Of their features after EARLY epochs."""
+        return self.moments_of(*self.train_images, model=self.early)
 
     @torch.no_grad()
-    def moments_of(self, model: nn.Module) -> classfair.ClassMoments:
-        images, target = self.train_images
-        return classfair.class_moments(_features(model, images), target, len(self.counts), covariance="diag")
+    def moments_of(self, images: Tensor, target: Tensor, model: nn.Module | None = None) -> classfair.ClassMoments:
+        features = _features(self.run.model if model is None else model, images)
+        return classfair.class_moments(features, target, len(self.counts), covariance="diag")
 
     @property
     def false_positive_area(self) -> float:

@@ -24,15 +24,17 @@ Values = dict[str, list[float]]
 
 
 def measure_seed(name: str, seed: int, mnist: str | None) -> dict[str, Any]:
-    """All claims of a part with one seed. A run that diverges makes the values that need it nan."""
+    """All claims of a part with one seed; the value of a claim is None where a run that it needs diverges."""
     torch.set_num_threads(1)
-    runs, start, values = Runs(seed, None if mnist is None else Path(mnist)), time.perf_counter(), {}
+    runs, start = Runs(seed, None if mnist is None else Path(mnist)), time.perf_counter()
+    values: dict[str, float | None] = {}
     for claim in papers.PARTS[name].claims:
         assert claim.measure is not None
         try:
-            values[claim.name] = float(claim.measure(runs))
+            value = float(claim.measure(runs))
         except FloatingPointError:
-            values[claim.name] = math.nan
+            value = math.nan
+        values[claim.name] = value if math.isfinite(value) else None
     return {"part": name, "seed": seed, "seconds": time.perf_counter() - start, "values": values}
 
 
@@ -106,9 +108,9 @@ def _begin(cache: Path, head: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def by_claim(lines: Sequence[dict[str, Any]]) -> Values:
-    """Values of each claim, in the order of seeds."""
+    """Values of each claim, in the order of seeds; nan where there is none."""
     values: Values = defaultdict(list)
     for line in sorted(lines, key=lambda line: line["seed"]):
         for name, value in line["values"].items():
-            values[name].append(value)
+            values[name].append(math.nan if value is None else value)
     return dict(values)

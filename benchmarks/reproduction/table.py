@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -56,9 +57,13 @@ def _row(part: Part, claim: Claim, values: Sequence[float]) -> list[str]:
 
 
 def _measured(claim: Claim, values: Sequence[float]) -> str:
-    mean, error = mean_and_error(values)
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return f"nothing finite ({len(values)})"
+    mean, error = mean_and_error(finite)
     sign = "" if claim.expected == ZERO else "+"
     margin = f", margin {claim.margin:g}" if claim.expected in (ZERO, KEPT, NOT_RAISED) and claim.margin else ""
+    number = f"{len(finite)} of {len(values)}" if len(finite) < len(values) else len(values)
     if claim.expected == ZERO and claim.margin < 1e-3:
-        return f"{mean:.1e} ± {error:.1e} ({len(values)}{margin})"
-    return f"{mean:{sign}.{claim.digits}f} ± {error:.{claim.digits}f} ({len(values)}{margin})"
+        return f"{mean:.1e} ± {error:.1e} ({number}{margin})"
+    return f"{mean:{sign}.{claim.digits}f} ± {error:.{claim.digits}f} ({number}{margin})"

@@ -71,6 +71,15 @@ def test_two_seeds_of_cheap_claims_fill_the_table():
     assert all(line["values"] == measure_seed(CHEAP.name, line["seed"], None)["values"] for line in lines)
 
 
+def test_a_seed_that_diverges_is_shown():
+    part = Part("part", "A paper", "data", 3, [Claim("x", "eq. 1", "A claim", lambda runs: 0.0)])
+    lines = [{"part": "part", "seed": seed, "values": {"x": value}} for seed, value in enumerate((0.1, None, 0.3))]
+    (row,) = rows_of(table.page([part], by_claim(lines), ABOUT))
+    assert row[2:] == ["+0.200 ± 0.100 (2 of 3)", "no: 1 of 3 seeds gave no finite value"]
+    (row,) = rows_of(table.page([part], by_claim(lines[1:2]), ABOUT))
+    assert row[2] == "nothing finite (1)"
+
+
 @pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on(tmp_path):
     said, cache, head = [], tmp_path / "cache.jsonl", {"commit": "abc"}
