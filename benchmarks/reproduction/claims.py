@@ -44,7 +44,8 @@ class Claim:
 class Part:
     """Claims of one paper that share runs on one data set.
 
-    ``seconds`` is what all seeds may take together: when they are spent and MIN_SEEDS are done, no further seed begins.
+    ``seconds`` is what all seeds may take of a processor's time: when they are spent and MIN_SEEDS are done, no further
+    seed begins.
     """
 
     name: str

@@ -26,7 +26,8 @@ Values = dict[str, list[float]]
 def measure_seed(name: str, seed: int, mnist: str | None) -> dict[str, Any]:
     """All claims of a part with one seed; the value of a claim is None where a run that it needs diverges."""
     torch.set_num_threads(1)
-    runs, start = Runs(seed, None if mnist is None else Path(mnist)), time.perf_counter()
+    runs = Runs(seed, None if mnist is None else Path(mnist))
+    start, processor = time.perf_counter(), time.process_time()
     values: dict[str, float | None] = {}
     for claim in papers.PARTS[name].claims:
         assert claim.measure is not None
@@ -35,7 +36,8 @@ def measure_seed(name: str, seed: int, mnist: str | None) -> dict[str, Any]:
         except FloatingPointError:
             value = math.nan
         values[claim.name] = value if math.isfinite(value) else None
-    return {"part": name, "seed": seed, "seconds": time.perf_counter() - start, "values": values}
+    times = {"seconds": time.perf_counter() - start, "processor": time.process_time() - processor}
+    return {"part": name, "seed": seed, **times, "values": values}
 
 
 def measure_all(
@@ -66,7 +68,7 @@ def measure_all(
     known = {(line["part"], line["seed"]) for line in done}
     spent: dict[str, float] = defaultdict(float)
     for line in done:
-        spent[line["part"]] += line["seconds"]
+        spent[line["part"]] += line["processor"]
     able = [part for part in parts if mnist is not None or not part.needs_mnist]
     waiting = [
         (part, seed)
@@ -90,7 +92,7 @@ def measure_all(
                 file.flush()
                 os.fsync(file.fileno())
                 done.append(line)
-                spent[line["part"]] += line["seconds"]
+                spent[line["part"]] += line["processor"]
                 say(f"{line['part']}, seed {line['seed']}: {line['seconds']:.0f} s, {len(waiting)} to begin")
     return done
 
