@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.reproduction import __main__ as command
 from benchmarks.reproduction import claims, papers, table
 from benchmarks.reproduction.claims import HIGHER, KEPT, LOWER, NOT_RAISED, ZERO, Claim, Part, untried, verdict
 from benchmarks.reproduction.study import by_claim, measure_all, measure_seed
@@ -94,6 +95,39 @@ def test_a_run_that_was_stopped_goes_on(tmp_path):
     assert by_claim(again) == by_claim(whole)
     assert len(measure_all([CHEAP], cache, {"commit": "other"}, None, **options)) == 2
     assert len(said) == 5
+
+
+def test_one_part_is_measured_again_into_a_result(tmp_path, monkeypatch):
+    """The other parts keep their values, and the page names both commits."""
+    claim, names = CHEAP.claims[0].name, {"cheap": CHEAP.name, "other": "zut-digits"}
+    about = {"commit": "abc", "date": "today", "machine": {"name": "a machine", "cores": 2}, "versions": {"torch": "2"}}
+    lines = [
+        {"part": names["cheap"], "seed": 0, "seconds": 60.0, "values": {claim: 0.1}},
+        {"part": names["other"], "seed": 0, "seconds": 60.0, "values": {"rises": 0.2}},
+    ]
+    result = tmp_path / "result.json"
+    result.write_text(json.dumps({**about, "lines": lines}))
+    again = [
+        {"part": CHEAP.name, "seed": seed, "seconds": 30.0, "values": {claim: -0.3}, "commit": "def"} for seed in (0, 1)
+    ]
+    monkeypatch.setattr(command, "measured", lambda parts, commit, arguments: list(again))
+    monkeypatch.setattr(command, "PAGE", tmp_path / "page.md")
+    monkeypatch.setattr("sys.argv", ["reproduce", "--only", CHEAP.name, "--into", str(result)])
+    command.main()
+    kept = json.loads(result.read_text())
+    assert {name: kept[name] for name in about} == about
+    assert kept["lines"] == [*again, lines[1]]
+    page = (tmp_path / "page.md").read_text()
+    assert f"commit abc (later {CHEAP.name} at def)" in page
+    assert "took 2 minutes" in page
+    assert "-0.300 ± 0.000 (2)" in page
+    assert "+0.100" not in page
+
+
+def test_an_unknown_part_is_refused(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["reproduce", "--only", "nothing"])
+    with pytest.raises(SystemExit, match="expected parts among"):
+        command.main()
 
 
 def test_parts_that_need_mnist_say_so_without_it(tmp_path):
