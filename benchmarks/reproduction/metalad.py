@@ -150,6 +150,7 @@ DIGITS = Part(
             LOWER,
         ),
     ],
+    note="Class-balanced CE (β = 0.999) fails to train with some seeds: differences from it have large errors then.",
 )
 
 FIXED = bilevel(0.0)

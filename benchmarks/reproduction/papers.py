@@ -5,6 +5,6 @@ from benchmarks.reproduction.claims import Part
 
 PARTS: dict[str, Part] = {
     part.name: part
-    for paper in (metalad, theory, offsets, zero_uniformity, group_fairness, classes_not_equal)
+    for paper in (theory, metalad, offsets, zero_uniformity, group_fairness, classes_not_equal)
     for part in paper.PARTS
 }

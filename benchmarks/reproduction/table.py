@@ -12,7 +12,9 @@ HEAD = """# What the papers claim, tried here
 
 `make reproduce` writes this page. It tries claims of five papers on data that need no registration: scikit-learn's
 digits, MNIST and Gaussian classes. These data are small and the models are perceptrons: a claim that fails here may
-hold on ImageNet, and the other way round.
+hold on ImageNet, and the other way round. The papers: *MetaLAD*, Wu et al. 2023, "Rethinking Class Imbalance in
+Machine Learning"; *Estimated offset*, Kim et al. 2021; *Zero-uniformity training*, Pan et al. 2025; *FVAP*, Hänel et
+al. 2022, "Enhancing Fairness of Visual Attribute Predictors"; *Classes Are Not Equal*, Cui et al. 2024.
 
 {machine}, torch {torch}, {date}, commit {commit}. The runs took {minutes:.0f} minutes, those of two processes added up.
 
