@@ -18,7 +18,7 @@ INTERPRET = TRITON_INTERPRET=1 $(PYTEST) -q -W ignore::RuntimeWarning
 INTERPRETED := plain-3x31 or mixed-stats or fwd-all-triton or dense-all or share-all or strided-3d-dense or fwd-nan- or 9x1-3 \
   or 40x7-5- or 33x33-1- or 3x7x2 or 17x17x16 or label_index
 
-.PHONY: help train test test-all test-exhaustive test-cuda-emulated test-gpu fuzz lint format bench bench-features bench-fairness bench-check bench-gpu sanitize sanitize-cpu cuda-check doctor clean
+.PHONY: help train test test-all test-exhaustive test-cuda-emulated test-gpu fuzz lint format bench bench-features bench-fairness reproduce bench-check bench-gpu sanitize sanitize-cpu cuda-check doctor clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -95,6 +95,10 @@ bench-features: $(VENV)/.installed  ## time ISDA and MetaLAD beside the publishe
 
 bench-fairness: $(VENV)/.installed  ## time the group penalties beside loops over cells and plain torch
 	$(BIN)/python -m benchmarks.fairness $(ARGS)
+
+# A run that was stopped goes on where it was, as long as the commit is the same.
+reproduce: $(VENV)/.installed  ## try what the papers claim, write docs/reproduction.md, in at most 40 minutes on 2 cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.reproduction $(ARGS)
 
 bench-check: $(VENV)/.installed  ## is this tree slower than commit BASE (default: where it left the main branch)?
 	$(BIN)/python -m benchmarks.check $(BASE)
