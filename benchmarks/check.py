@@ -72,7 +72,8 @@ class Side(NamedTuple):
 def start(side: Side, folder: Path, pipes: tuple[int, int], steps: Sequence[str]) -> subprocess.Popen:
     """A process that measures steps, all unless some are named, and takes turns through the pipes."""
     # A worker of pytest-xdist would tell its child to measure nothing.
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH" and not k.startswith(("MALLOC_", "PYTEST_"))}
+    own = ("PYTHONPATH", "MALLOC_", "PYTEST_")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(own)}
     environment |= {**MALLOC["pinned"], "BENCH_TURNS": " ".join(map(str, pipes))}
     chosen = [f"{STEPS}::test_step[{step}]" for step in steps] or [str(STEPS)]
     # -P and importlib keep this tree, which has a classfair of its own, off the path; no project's options count.
