@@ -7,33 +7,19 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 import classfair
 from benchmarks.reproduction.claims import HIGHER, LOWER, ZERO, Claim, Part
 from benchmarks.reproduction.runs import Runs
-from classfair.losses import FeatureLoss
-from tests.support.theory import TwoGaussians, phi, theorem2_accuracies, theorem3_errors
+from tests.support.theory import TwoGaussians, fit_linear, phi, theorem2_accuracies, theorem3_errors
 
 SAMPLES = 500  # of either class, to train on
 
 
-def fit_linear(criterion: Any, x: torch.Tensor, y: torch.Tensor, steps: int = 300) -> tuple[torch.Tensor, torch.Tensor]:
-    """Difference of rows and of biases of a linear classifier of two classes, by gradient descent on all samples."""
-    head = torch.nn.Linear(x.shape[1], 2)
-    with torch.no_grad():
-        head.weight.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
-        head.bias.zero_()
-    optimizer = torch.optim.SGD(head.parameters(), lr=0.1, momentum=0.9)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        if isinstance(criterion, FeatureLoss):
-            loss = criterion(x, head.weight, y, linear_bias=head.bias)
-        else:
-            loss = criterion(F.linear(x, head.weight, head.bias), y)
-        loss.backward()
-        optimizer.step()
-    return (head.weight[0] - head.weight[1]).detach(), (head.bias[0] - head.bias[1]).detach()
+def fit(criterion: Any, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Difference of rows and of biases of a linear classifier of two classes."""
+    weight, bias = fit_linear(criterion, x, y, 2)
+    return weight[0] - weight[1], bias[0] - bias[1]
 
 
 def gap(runs: Runs, loss: str, deviation: float = 2.0) -> float:
@@ -47,7 +33,7 @@ def gap(runs: Runs, loss: str, deviation: float = 2.0) -> float:
 
     def train() -> float:
         x = torch.cat(task.sample(SAMPLES, runs.seed, torch.float32))
-        wide, narrow = task.errors(*fit_linear(make[loss](), x, torch.arange(2).repeat_interleave(SAMPLES)))
+        wide, narrow = task.errors(*fit(make[loss](), x, torch.arange(2).repeat_interleave(SAMPLES)))
         return float(wide - narrow)
 
     return runs.once(("gap", loss, deviation), train)
@@ -60,7 +46,7 @@ def gap_of_la(runs: Runs, deviation: float) -> float:
     def train() -> float:
         pos, neg = task.sample(SAMPLES, runs.seed, torch.float32)
         y = torch.arange(2).repeat_interleave(torch.tensor(counts))
-        trained = fit_linear(classfair.LogitAdjustedLoss(counts), torch.cat([pos[: counts[0]], neg]), y)
+        trained = fit(classfair.LogitAdjustedLoss(counts), torch.cat([pos[: counts[0]], neg]), y)
         wide, narrow = task.errors(*trained)
         return abs(float(wide - narrow))
 

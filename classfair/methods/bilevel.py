@@ -25,6 +25,7 @@ from classfair.methods.mixed_derivative import (
     works,
 )
 from classfair.nn import WithFeatures
+from classfair.statistics._processes import world_size
 from classfair.targets import MixedTarget, total_weight
 
 TINY = torch.finfo(torch.float32).tiny  # to divide by in the place of 0
@@ -271,8 +272,7 @@ class MetaLADStep:
 
     @property
     def _world(self) -> int:
-        grouped = dist.is_available() and dist.is_initialized()
-        return dist.get_world_size(self.process_group) if grouped else 1
+        return world_size(self.process_group)
 
     def _sum(self, values: list[Tensor]) -> list[Tensor]:
         """Over processes, in one exchange."""

@@ -10,6 +10,11 @@ from torch import Tensor
 from classfair.ops import LabelIndex, SlotMoments, class_moments, class_moments_merge, label_index
 
 
+def world_size(group: Any) -> int:
+    """Processes of a group; 1 where none was initialised."""
+    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+
+
 def agree_on_rows(features: Tensor, group: Any, max_batch: int | None) -> int:
     """A number of rows that the batch of no process exceeds, the same for all."""
     rows = features.shape[0]
@@ -74,7 +79,7 @@ def batch_means(
 ) -> tuple[SlotMoments, Tensor]:
     """Counts and means by class of a batch, of all processes together, and the classes of the rows; unchecked."""
     batch = class_moments(features, index, variance=False)
-    if sync and dist.is_available() and dist.is_initialized() and dist.get_world_size(process_group) > 1:
+    if sync and world_size(process_group) > 1:
         return merge_processes(batch, features, index, process_group, max_batch, None)
     return batch, index.key_of_slot
 

@@ -4,7 +4,10 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from classfair.losses import FeatureLoss
 
 
 def phi(x: float | Tensor) -> Tensor:
@@ -80,3 +83,21 @@ def theorem2_accuracies(a: float) -> tuple[float, float, float]:
     """Eq. 10, corrected, with a = sqrt(d) eta / sigma the distance of neighbouring means in standard deviations."""
     tail = float(phi(-a / 2))
     return 1 - tail, 1 - 2 * tail, 1 - tail
+
+
+def fit_linear(criterion, x, y, num_classes, steps=300):
+    """A linear classifier of fixed features, by gradient descent on all samples at once."""
+    head = torch.nn.Linear(x.shape[1], num_classes)
+    with torch.no_grad():
+        head.weight.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
+        head.bias.zero_()
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        if isinstance(criterion, FeatureLoss):
+            loss = criterion(x, head.weight, y, linear_bias=head.bias)
+        else:
+            loss = criterion(F.linear(x, head.weight, head.bias), y)
+        loss.backward()
+        optimizer.step()
+    return head.weight.detach(), head.bias.detach()

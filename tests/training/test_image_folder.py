@@ -16,10 +16,11 @@ from classfair.cli import main
 pytest.importorskip("torchvision", reason="image folders need torchvision")
 timm = pytest.importorskip("timm", reason="timm's models need timm")
 
-from classfair.training import TrainConfig, engine, saved_config  # noqa: E402
+from classfair.training import TrainConfig, saved_config  # noqa: E402
 from classfair.training.image_folder import _val_transform, load_images  # noqa: E402
 from classfair.training.objective import read_effective_counts  # noqa: E402
 from classfair.training.report import METRICS_VERSION  # noqa: E402
+from tests.support.training import stopped_where  # noqa: E402
 
 CLASSES = ["eight", "five", "four", "nine", "one", "seven", "six", "three", "two", "zero"]  # as folders sort
 COUNTS = dict(zip(CLASSES, (30, 20, 16, 12, 10, 8, 6, 5, 4, 3), strict=True))
@@ -324,16 +325,8 @@ def test_a_last_step_of_one_image_joins_the_one_before(copy, tmp_path):
 def test_a_run_goes_on_where_its_data_has_moved_to(copy, tmp_path, monkeypatch):
     whole = ("--epochs", 2, "-b", 64)
     assert train(copy, tmp_path / "whole", *whole) == 0
-    next_epoch = engine.Run.next_epoch
-
-    def stopping(run):
-        if run.epoch == 1:
-            raise KeyboardInterrupt
-        return next_epoch(run)
-
     monkeypatch.chdir(copy.parent)
-    with monkeypatch.context() as patch:
-        patch.setattr(engine.Run, "next_epoch", stopping)
+    with stopped_where(lambda run: run.epoch == 1, monkeypatch):
         assert train("images", tmp_path / "run", *whole) == 130
     copy.rename(tmp_path / "elsewhere")
     resume = ["train", "--no-progress", "--resume", str(tmp_path / "run")]
@@ -416,16 +409,9 @@ def test_help_shows_the_defaults_of_image_folders(capsys):
 @pytest.fixture
 def stopped(copy, tmp_path, monkeypatch):
     """A job stopped after its first epoch, with --split; train and val of the images are two classes more or less."""
-    next_epoch = engine.Run.next_epoch
-
-    def stopping(run):
-        if run.epoch == 1:
-            raise KeyboardInterrupt
-        return next_epoch(run)
 
     def start(*flags, data=copy):
-        with monkeypatch.context() as patch:
-            patch.setattr(engine.Run, "next_epoch", stopping)
+        with stopped_where(lambda run: run.epoch == 1, monkeypatch):
             assert train(data, tmp_path / "run", "--epochs", 2, "-b", 64, *flags) == 130
         return tmp_path / "run"
 

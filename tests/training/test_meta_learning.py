@@ -17,7 +17,7 @@ from classfair.training.jobs import fit
 from classfair.training.meta_learning import MetaOrder, meta_indices
 from classfair.training.sources import load_data
 from tests.support.processes import run_processes
-from tests.training.test_resume import assert_equal
+from tests.training.test_resume import assert_equal, interrupt
 
 CPU = torch.device("cpu")
 JOB = ["train", "--no-progress", "--seeds", "1", "--save-every", "1", "--loss", "metalad", "--meta-per-class", "5"]
@@ -161,16 +161,7 @@ def test_the_run_folder_has_omega_over_the_epochs(tmp_path):
 def test_resumed_is_uninterrupted(at_epoch, tmp_path, monkeypatch):
     whole, path = tmp_path / "whole", tmp_path / "run"
     assert main([*JOB, "--output", str(whole)]) == 0
-    next_epoch = engine.Run.next_epoch
-
-    def stopping(self):
-        if self.epoch + 1 == at_epoch:
-            raise KeyboardInterrupt
-        return next_epoch(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(engine.Run, "next_epoch", stopping)
-        assert main([*JOB, "--output", str(path)]) == 130
+    interrupt(path, at_epoch, monkeypatch, job=JOB)
     assert main(["train", "--resume", str(path), "--no-progress"]) == 0
     for name in ("metrics.json", "statistics/metalad-seed0-omega.csv", "statistics/metalad-seed0.csv"):
         assert (path / name).read_bytes() == (whole / name).read_bytes()

@@ -14,6 +14,7 @@ from classfair.training.distributed import SINGLE
 from classfair.training.jobs import prepare
 from classfair.training.models import build_model
 from classfair.training.sources import load_data
+from tests.training.test_resume import interrupt
 
 CPU = torch.device("cpu")
 JOB = ["train", "--no-progress", "--epochs", "3", "--seeds", "1", "--save-every", "1", "--imbalance", "20"]
@@ -149,18 +150,8 @@ def test_resumed_is_uninterrupted(name, tmp_path, monkeypatch):
     epochs = TrainConfig(**json_options(tmp_path / "whole")).total_epochs
     assert epochs == {"etf": 3, "lff": 3, "jtt": 5, "crt": 5, "lws": 5, "tau": 4}[name]
     assert next(iter(whole.values())).count(b"\n") == 10 * epochs + 1
-    next_epoch = engine.Run.next_epoch
     for at in range(2, epochs + 1):
-
-        def stopping(self, at=at):
-            if self.epoch + 1 == at:
-                raise KeyboardInterrupt
-            return next_epoch(self)
-
-        path = tmp_path / str(at)
-        with monkeypatch.context() as patch:
-            patch.setattr(engine.Run, "next_epoch", stopping)
-            assert main([*job, "--output", str(path)]) == 130
+        path = interrupt(tmp_path / str(at), at, monkeypatch, job=job)
         assert main(["train", "--no-progress", "--resume", str(path)]) == 0
         assert {p.name: p.read_bytes() for p in (path / "statistics").iterdir()} == whole
         assert (path / "metrics.json").read_bytes() == (tmp_path / "whole" / "metrics.json").read_bytes()

@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 
 import classfair
-from classfair.losses import FeatureLoss
 from classfair.training import TrainConfig, engine, train
-from tests.support.theory import TwoGaussians
+from tests.support.theory import TwoGaussians, fit_linear
 
 SEEDS = 8
 
@@ -84,24 +83,6 @@ def test_digits_sum_of_the_three_terms(digits):
 def test_digits_isda_does_not_help_few_shot_classes(digits):
     """Measured: -0.012 ± 0.003. Wu et al. 2023 say so too: ISDA cannot cope with imbalance of proportion."""
     assert difference(digits, "isda", "few") < 0.005
-
-
-def fit_linear(criterion, x, y, num_classes, steps=300):
-    """A linear classifier of fixed features, by gradient descent on all samples at once."""
-    head = torch.nn.Linear(x.shape[1], num_classes)
-    with torch.no_grad():
-        head.weight.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
-        head.bias.zero_()
-    optimizer = torch.optim.SGD(head.parameters(), lr=0.1, momentum=0.9)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        if isinstance(criterion, FeatureLoss):
-            loss = criterion(x, head.weight, y, linear_bias=head.bias)
-        else:
-            loss = criterion(F.linear(x, head.weight, head.bias), y)
-        loss.backward()
-        optimizer.step()
-    return head.weight.detach(), head.bias.detach()
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import torch
 from torch.utils._pytree import tree_flatten
 
 from classfair.cli import main
+from tests.support.training import stopped_where
 
 JOB = ["train", "--no-progress", "--epochs", "4", "--seeds", "1", "--save-every", "1", "--imbalance", "20"]
 FILES = ("metrics.json", "per_class.csv", "statistics/ce-seed0.csv", "statistics/la-seed0.csv")
@@ -83,20 +84,10 @@ def whole(tmp_path_factory):
     return run(tmp_path_factory.mktemp("resume") / "whole")
 
 
-def interrupt(path, at_epoch, monkeypatch, *flags):
+def interrupt(path, at_epoch, monkeypatch, *flags, job=JOB):
     """Stop a job by Ctrl-C in the first loss's epoch of that number."""
-    from classfair.training import engine
-
-    next_epoch = engine.Run.next_epoch
-
-    def stopping(self):
-        if self.epoch + 1 == at_epoch:
-            raise KeyboardInterrupt
-        return next_epoch(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(engine.Run, "next_epoch", stopping)
-        assert main([*JOB, "--output", str(path), *map(str, flags)]) == 130
+    with stopped_where(lambda run: run.epoch + 1 == at_epoch, monkeypatch):
+        assert main([*job, "--output", str(path), *map(str, flags)]) == 130
     return path
 
 

@@ -1,5 +1,6 @@
 """A sweep over weights of a penalty: its measures, its choice, its resume."""
 
+import itertools
 import json
 
 import numpy as np
@@ -7,8 +8,9 @@ import pytest
 import torch
 
 from classfair.cli import main
-from classfair.training import TrainConfig, engine
+from classfair.training import TrainConfig
 from classfair.training.sweep import COST, calibration_error, compare
+from tests.support.training import stopped_where
 
 JOB = ["train", "--no-progress", "--epochs", "3", "--seeds", "1", "--save-every", "1", "--fairness", "iou"]
 
@@ -39,17 +41,9 @@ def test_a_sweep_is_a_job_for_each_weight(tmp_path, capsys):
 def test_an_interrupted_sweep_goes_on(tmp_path, monkeypatch, capsys):
     job = [*JOB, "--fairness-sweep", "1", "50"]
     assert main([*job, "--output", str(tmp_path / "whole")]) == 0
-    next_epoch, calls = engine.Run.next_epoch, []
-
-    def stopping(self):
-        calls.append(self)
-        if len(calls) == 5:  # in the second epoch of the second of three jobs
-            raise KeyboardInterrupt
-        return next_epoch(self)
-
-    path = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        patch.setattr(engine.Run, "next_epoch", stopping)
+    path, epochs = tmp_path / "run", itertools.count(1)
+    # In the second epoch of the second of three jobs.
+    with stopped_where(lambda run: next(epochs) == 5, monkeypatch):
         assert main([*job, "--output", str(path)]) == 130
     assert f"kept 1 of 3 finished runs in {path}; go on with --resume {path}" in capsys.readouterr().err
     assert main(["train", "--no-progress", "--json", "--resume", str(path)]) == 0

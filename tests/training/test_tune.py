@@ -1,6 +1,7 @@
 """``classfair tune``: what is searched for, stopped, kept and gone on with."""
 
 import csv
+import itertools
 import json
 
 import pytest
@@ -9,6 +10,7 @@ optuna = pytest.importorskip("optuna", reason="tune needs optuna")
 
 from classfair.cli import main  # noqa: E402
 from classfair.training import TrainConfig, engine, tune  # noqa: E402
+from tests.support.training import stopped_where  # noqa: E402
 
 JOB = ["tune", "--no-progress", "--loss", "la", "--epochs", "5", "--seeds", "1", "--trials", "9"]
 
@@ -44,17 +46,9 @@ def test_the_best_trial_is_what_training_with_it_gives(whole, tmp_path, capsys):
 
 
 def test_an_interrupted_study_ends_as_an_uninterrupted_one(whole, tmp_path, monkeypatch, capsys):
-    next_epoch, calls = engine.Run.next_epoch, []
-
-    def stopping(self):
-        calls.append(self)
-        if len(calls) == 17:  # in the second epoch of the fourth trial
-            raise KeyboardInterrupt
-        return next_epoch(self)
-
-    path = tmp_path / "study"
-    with monkeypatch.context() as patch:
-        patch.setattr(engine.Run, "next_epoch", stopping)
+    path, epochs = tmp_path / "study", itertools.count(1)
+    # In the second epoch of the fourth trial.
+    with stopped_where(lambda run: next(epochs) == 17, monkeypatch):
         assert main([*JOB, "--output", str(path)]) == 130
     assert f"classfair tune: interrupted; go on with classfair tune --resume {path}" in capsys.readouterr().err
     assert len(rows(path)) == 3
